@@ -1,0 +1,278 @@
+"""One TOML file -> frozen dataclasses. A wrong key or value is refused with its line and the nearest known key."""
+
+import dataclasses
+import difflib
+import os
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from mlbox.errors import MlboxError
+
+EXIT_CONFIG = 78
+"""Exit status for a bad configuration (EX_CONFIG in sysexits.h): systemd must not restart into it."""
+
+
+class BadConfig(MlboxError):
+    """The configuration cannot be used; the message names the file, the line and the nearest key."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Where the API and the page listen, and how patient they are. Port 0 picks a free one."""
+
+    listen: str = "127.0.0.1:8470"
+    socket: str = ""
+    """Path of the Unix socket; empty: `<state>/mlbox.sock`."""
+    hosts: tuple[str, ...] = ()
+    """Names by which browsers reach this box, beside `localhost` and the bound address (the Host check)."""
+    body_max: str = "1G"
+    """Largest upload (code archive or model)."""
+    header_timeout_s: float = 10.0
+    body_timeout_s: float = 60.0
+    followers_max: int = 2000
+    followers_per_user: int = 200
+    session_hours: float = 12.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    cpu_slots: int = 0
+    """How many jobs without a GPU run at once; 0: one for each core."""
+    waiting_max: int = 200_000
+    """Submits beyond this many waiting jobs are refused with 429."""
+    repair_s: float = 5.0
+    """How often lost hints are made up for."""
+    gpu_sample_s: float = 2.0
+    gpu_silence_s: float = 15.0
+    """A gpu monitor that is silent for so long is killed; its GPUs are `unknown` until it speaks again."""
+    ignore_processes: tuple[str, ...] = ()
+    """Names of programs whose compute processes do not make a GPU `foreign` (a monitoring agent, say)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobsConfig:
+    log_head: str = "64M"
+    """So much of the beginning of a log is always kept."""
+    log_max: str = "1G"
+    """Cap of a log: its beginning and the newest rest."""
+    grace_s: float = 30.0
+    """Default time between TERM and KILL."""
+    shell: str = ""
+    """What runs `command` and scripts without `#!`; empty: /bin/bash where it exists, else /bin/sh."""
+    pass_env: tuple[str, ...] = (
+        "PATH",
+        "HOME",
+        "USER",
+        "LOGNAME",
+        "SHELL",
+        "LANG",
+        "LC_*",
+        "TZ",
+        "TMPDIR",
+        "XDG_*",
+        "LD_LIBRARY_PATH",
+        "CUDA_HOME",
+        "CUDA_PATH",
+        "PIP_*",
+        "UV_*",
+        "HF_HOME",
+        "http_proxy",
+        "https_proxy",
+        "no_proxy",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "NO_PROXY",
+        "SSL_CERT_FILE",
+        "SSL_CERT_DIR",
+        "REQUESTS_CA_BUNDLE",
+    )
+    """Variables of the daemon's own environment that jobs see (single-user mode); nothing else is inherited."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingConfig:
+    enabled: bool = True
+    models: str = ""
+    """The model folder; empty: `<state>/models`."""
+    http: str = "127.0.0.1:8000"
+    name: str = "mlbox"
+    """The server name in `GET /v2` (some clients' tests want `triton`)."""
+    gpu: str = "prefer"
+    """`prefer`, `require` or `never` run models on a GPU."""
+    threads: int = 0
+    """Threads of one CPU inference; 0: chosen from the cores."""
+    settle_s: float = 0.5
+    """How long a model folder must be quiet before it is loaded."""
+    body_max: str = "256M"
+    run_timeout_s: float = 60.0
+    """An inference that runs longer is ended."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The whole configuration. `state` is the folder that holds everything mlbox knows."""
+
+    state: str = ""
+    server: ServerConfig = field(default_factory=ServerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    jobs: JobsConfig = field(default_factory=JobsConfig)
+    serving: ServingConfig = field(default_factory=ServingConfig)
+
+    @property
+    def state_folder(self) -> Path:
+        if self.state:
+            return Path(self.state).expanduser().absolute()
+        base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+        return Path(base).expanduser().absolute() / "mlbox"
+
+    @property
+    def socket_path(self) -> Path:
+        return Path(self.server.socket).absolute() if self.server.socket else self.state_folder / "mlbox.sock"
+
+    @property
+    def models_folder(self) -> Path:
+        return (
+            Path(self.serving.models).expanduser().absolute() if self.serving.models else self.state_folder / "models"
+        )
+
+
+def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read `path` (None: defaults) and apply `section.key=value` overrides, which win. Raises BadConfig."""
+    text, name = "", "defaults"
+    if path is not None:
+        name = str(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadConfig(f"{path}: cannot be read: {error}") from error
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise BadConfig(f"{name}: not TOML: {error}") from error
+    config = _section(Config, table, _Source(name, text), ())
+    for override in overrides:
+        config = _override(config, override)
+    _check(config, name)
+    return config
+
+
+def size_bytes(text: str) -> int:
+    """`64M` -> 67108864; K, M, G, T are powers of 1024. Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"{text!r} is not a size such as 512M or 1G")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+
+
+def host_port(text: str) -> tuple[str, int]:
+    """`127.0.0.1:8470` or `[::1]:8470` -> its parts. Raises ValueError."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\s\[\]]+)):(\d{1,5})", text)
+    if match is None or int(match[3]) > 65535:
+        raise ValueError(f"{text!r} is not HOST:PORT such as 127.0.0.1:8470")
+    return match[1] or match[2], int(match[3])
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    name: str
+    text: str
+
+    def at(self, path: tuple[str, ...]) -> str:
+        """`file:line` of a key, as far as it can be found."""
+        section: tuple[str, ...] = ()
+        for number, line in enumerate(self.text.splitlines(), 1):
+            if header := re.match(r"\s*\[([^\[\]]+)\]", line):
+                section = tuple(part.strip().strip("\"'") for part in header[1].split("."))
+                if section == path:
+                    return f"{self.name}:{number}"
+            elif key := re.match(r"\s*([\w.\"'-]+)\s*=", line):
+                dotted = tuple(part.strip("\"'") for part in key[1].split("."))
+                if section + dotted == path:
+                    return f"{self.name}:{number}"
+        return self.name
+
+
+def _section(cls: type[Any], table: Mapping[str, object], source: _Source, path: tuple[str, ...]) -> Any:
+    known = {item.name: item for item in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    values: dict[str, object] = {}
+    for key, value in table.items():
+        here = (*path, key)
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"
+            raise BadConfig(f"{source.at(here)}: unknown key {'.'.join(here)!r}{hint}")
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise BadConfig(f"{source.at(here)}: {'.'.join(here)!r} is a section: write [{'.'.join(here)}]")
+            values[key] = _section(hints[key], cast("dict[str, object]", value), source, here)
+        else:
+            values[key] = _value(hints[key], value, f"{source.at(here)}: {'.'.join(here)!r}")
+    return cls(**values)
+
+
+def _value(hint: Any, value: object, where: str) -> object:
+    """`value` as the type the key wants. Raises BadConfig that says what it wants."""
+    if isinstance(hint, types.GenericAlias):  # tuple[str, ...] is the only one
+        items = cast("list[object]", value) if isinstance(value, list) else None
+        if items is None or not all(isinstance(item, str) for item in items):
+            raise BadConfig(f"{where} wants a list of strings, got {value!r}")
+        return tuple(cast("list[str]", items))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        wanted = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}[hint]
+        raise BadConfig(f"{where} wants {wanted}, got {value!r}")
+    return cast("object", value)
+
+
+def _override(config: Config, override: str) -> Config:
+    """Apply one `--set section.key=value`; the value is TOML, a bare word is a string."""
+    name, equals, text = override.partition("=")
+    section, dot, key = name.strip().rpartition(".")
+    if not equals or "." in section:
+        raise BadConfig(f"--set {override}: write it as section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    source = _Source(f"--set {override}", "")
+    if not dot:
+        changed = _section(Config, {key: value}, source, ())
+        return dataclasses.replace(config, **{key: getattr(changed, key)})
+    changed = getattr(_section(Config, {section: {key: value}}, source, ()), section)
+    merged = dataclasses.replace(getattr(config, section), **{key: getattr(changed, key)})
+    return dataclasses.replace(config, **{section: merged})
+
+
+def _check(config: Config, name: str) -> None:
+    """What no type can say. Raises BadConfig for the first value that cannot be meant."""
+    parsed_by = {
+        "server.body_max": (config.server.body_max, size_bytes),
+        "jobs.log_head": (config.jobs.log_head, size_bytes),
+        "jobs.log_max": (config.jobs.log_max, size_bytes),
+        "serving.body_max": (config.serving.body_max, size_bytes),
+        "server.listen": (config.server.listen, host_port),
+        "serving.http": (config.serving.http, host_port),
+    }
+    for key, (text, parse) in parsed_by.items():
+        try:
+            parse(text)
+        except ValueError as error:
+            raise BadConfig(f"{name}: {key!r}: {error}") from error
+    if size_bytes(config.jobs.log_head) > size_bytes(config.jobs.log_max):
+        raise BadConfig(f"{name}: 'jobs.log_head' is larger than 'jobs.log_max'")
+    if config.serving.gpu not in ("prefer", "require", "never"):
+        raise BadConfig(f"{name}: 'serving.gpu' is {config.serving.gpu!r}: prefer, require or never")
+    for section_name in ("server", "scheduler", "jobs", "serving"):
+        section = getattr(config, section_name)
+        for item in dataclasses.fields(section):
+            value = getattr(section, item.name)
+            if isinstance(value, (int, float)) and value < 0:
+                raise BadConfig(f"{name}: '{section_name}.{item.name}' is {value}: it cannot be negative")
