@@ -112,18 +112,20 @@ class Job:
     user: str
     uid: int
     state: JobState
-    reason: Reason | None
-    cause: str | None
     submitted_at: float
-    started_at: float | None
-    ended_at: float | None
-    cancel_requested_at: float | None
-    attempt: int
-    exit_code: int | None
-    signal: int | None
-    gpu_uuids: tuple[str, ...]
-    log_bytes: int | None
-    usage: Usage
+    reason: Reason | None = None
+    cause: str | None = None
+    started_at: float | None = None
+    ended_at: float | None = None
+    cancel_requested_at: float | None = None
+    attempt: int = 0
+    exit_code: int | None = None
+    signal: int | None = None
+    gpu_uuids: tuple[str, ...] = ()
+    log_bytes: int | None = None
+    files_removed: bool = False
+    retry_of: int | None = None
+    usage: Usage = field(default_factory=Usage)
 
     @property
     def ended(self) -> bool:
