@@ -13,7 +13,6 @@ from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 from mlbox import __version__, config
-from mlbox.errors import MlboxError
 
 EXIT_USAGE = 2
 EXIT_UNREACHABLE = 69
@@ -71,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--wait", action="store_true", help="wait for the end; exit with the job's own status")
     submit.add_argument("command", nargs="+", help="the command line")
 
-    command("ls", _list, "List jobs.").add_argument("--state", help="such as queued or running")
+    listed = command("ls", _list, "List jobs: mlbox ls [state].")
+    listed.add_argument("wanted", nargs="?", help="only jobs in this state, such as queued or running")
     for name, run, text in (
         ("show", _show, "Show a job."),
         ("wait", _wait, "Wait for a job to end; exit with its own status."),
@@ -147,7 +147,7 @@ def _submit(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    query = {"state": options.state} if options.state else {}
+    query = {"state": options.wanted} if options.wanted else {}
     return _print(options, "/api/jobs?" + urlencode(query))
 
 
