@@ -103,8 +103,8 @@ class ServingConfig:
     http: str = "127.0.0.1:8000"
     name: str = "mlbox"
     """The server name in `GET /v2` (some clients' tests want `triton`)."""
-    gpu: str = "prefer"
-    """`prefer`, `require` or `never` run models on a GPU."""
+    gpu: str = "never"
+    """`prefer`, `require` or `never` run models on a GPU. One that holds a model is kept from jobs."""
     threads: int = 0
     """Threads of one CPU inference; 0: chosen from the cores."""
     settle_s: float = 0.5

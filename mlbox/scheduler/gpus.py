@@ -1,8 +1,8 @@
 """The GPUs of this box: what NVML says about them, and who holds each.
 
 `GpuInventory` runs the gpu monitor (a process of its own, for NVML can hang in the kernel) and keeps its latest sample.
-What that means for a user of the box is decided by `state_of`, which is pure. GPUs are known by their UUID, never by
-their index: that changes with the driver's mood and with CUDA_VISIBLE_DEVICES.
+What that means for a user of the box is decided by `state_of`, which is pure. A GPU is known by its UUID, never by its
+index: that changes when another GPU is added or lost.
 """
 
 import asyncio
@@ -152,6 +152,7 @@ def state_of(gpu: Gpu, leases: Mapping[str, str], drained: str | None, own_keys:
     computing = [process for process in gpu.processes or () if process.computes]
     strangers = [process for process in computing if process.attempt_key not in leases]
     holders = " and ".join(leases.values())
+    jobs = {key: f"{who}'s" for key, who in own_keys.items()}
     state, why = GpuState.FREE, None
     if trouble := gpu.error or _unjudgeable(gpu):
         state, why = GpuState.UNKNOWN, trouble
@@ -162,10 +163,10 @@ def state_of(gpu: Gpu, leases: Mapping[str, str], drained: str | None, own_keys:
     elif drained is not None:
         state, why = GpuState.DRAINED, drained
     elif leases:
-        beside = f"; beside it {_held(strangers, own_keys)}" if strangers else ""
+        beside = f"; beside it {_held(strangers, jobs)}" if strangers else ""
         state, why = GpuState.LEASED, f"leased by {holders}{beside}"
     elif strangers:
-        state, why = GpuState.FOREIGN, _held(strangers, own_keys)
+        state, why = GpuState.FOREIGN, _held(strangers, jobs)
     return GpuStatus(index=gpu.index, state=state, why=why)
 
 
@@ -178,23 +179,26 @@ def _unjudgeable(gpu: Gpu) -> str | None:
 
 
 def _leftovers(over: Mapping[str, str], computing: Sequence[GpuProcess]) -> str:
-    """Whose memory is still on a GPU whose attempt is over."""
+    """Whose memory is still on a GPU whose attempts are over."""
+    ended = f"{' and '.join(over.values())} {'has' if len(over) == 1 else 'have'} ended"
     left = [process for process in computing if process.attempt_key in over]
     if not left:
-        return f"{' and '.join(over.values())} has ended; the GPU is about to be given back"
-    who = over[left[0].attempt_key or ""]
-    return f"{who} has ended, but {_held(left, over)}"
+        return f"{ended}; the GPU is about to be given back"
+    return f"{ended}, but {_held(left, dict.fromkeys(over, 'its'))}"
 
 
-def _held(processes: Sequence[GpuProcess], jobs: Mapping[str, str]) -> str:
-    """`bob's python (pid 4711) holds 642 MiB`, about the process that holds most. N/A is never the least."""
+def _held(processes: Sequence[GpuProcess], whose: Mapping[str, str]) -> str:
+    """`bob's python (pid 4711) holds 642 MiB`, about the process that holds most; one of unknown size may be that.
+
+    `whose`: attempt key to `job 12's`, for processes that are not to be called by their user.
+    """
     first = max(processes, key=lambda process: math.inf if process.memory_mib is None else process.memory_mib)
-    owner = jobs.get(first.attempt_key or "", first.user or "somebody")
-    program = first.command.split()[0] if first.command and not first.command.isspace() else "process"
+    owner = whose.get(first.attempt_key or "", f"{first.user or 'somebody'}'s")
+    program = (first.command or "").split()[:1] or ["process"]
     amount = "memory, NVML does not say how much" if first.memory_mib is None else f"{first.memory_mib} MiB"
     more = len(processes) - 1
     others = f" (and {more} more process{'' if more == 1 else 'es'})" if more else ""
-    return f"{owner}'s {program} (pid {first.pid}) holds {amount}{others}"
+    return f"{owner} {program[0]} (pid {first.pid}) holds {amount}{others}"
 
 
 class _Lost(msgspec.Struct, frozen=True):
@@ -227,13 +231,14 @@ class MonitorOptions:
 
     `silence_s` is how long one of its lines may be overdue, `start_s` the same for its first line: without persistence
     mode the driver initialises GPU after GPU, seconds each. `retry_s` is how often a missing driver or GPU is tried
-    again. `environment` None: the daemon's own.
+    again. `restart_s` is the first wait before another monitor, `environment` None the daemon's own.
     """
 
     period_s: float = 2.0
     silence_s: float = 15.0
     start_s: float = 90.0
     retry_s: float = 30.0
+    restart_s: float = 1.0
     environment: Mapping[str, str] | None = None
 
 
@@ -303,14 +308,16 @@ class GpuInventory:
         return all(process.attempt_key != attempt_key for process in gpu.processes)
 
     async def run(self) -> None:
-        """Keep a gpu monitor running until cancelled, and then end it. A monitor that dies or falls silent is replaced
-        after 1, 2, 4 ... 60 s; until then every GPU is unknown."""
-        delay_s = 1.0
+        """Keep a gpu monitor running until cancelled, and then end it.
+
+        A monitor that dies or falls silent is replaced after 1, 2, 4 ... 60 s; until then every GPU is unknown.
+        """
+        delay_s = self._options.restart_s
         while True:
             began = time.monotonic()
             why = await self._run_monitor()
             if time.monotonic() - began > _STEADY_S:
-                delay_s = 1.0
+                delay_s = self._options.restart_s
             self._down(f"{why}; it is started again in {delay_s:g} s")
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, _LONGEST_DELAY_S)
@@ -318,9 +325,10 @@ class GpuInventory:
     async def _run_monitor(self) -> str:
         """Start a gpu monitor and take its lines until it must be replaced; returns why, with the monitor dead."""
         options = self._options
-        command = [sys.executable, "-I", str(_MONITOR), f"--period={options.period_s}", f"--retry={options.retry_s}"]
+        command = [sys.executable, "-P", str(_MONITOR), f"--period={options.period_s}", f"--retry={options.retry_s}"]
         try:
-            # Its own session: Ctrl-C at a terminal is for the daemon, with whose end the monitor's stdin ends.
+            # -P keeps this package's `queue` and `logs` from hiding the standard library's. Its own session: Ctrl-C at
+            # a terminal is for the daemon, with whose end the monitor's stdin ends.
             monitor = subprocess.Popen(  # noqa: ASYNC220  # a few ms, once
                 command, stdin=-1, stdout=-1, bufsize=0, env=options.environment, start_new_session=True
             )
@@ -334,10 +342,12 @@ class GpuInventory:
             self._stdin = None
             stdin.close()
             monitor.kill()
-            await _gone(monitor, within_s=_KILL_S)
-        while not await _gone(monitor, within_s=_KILL_S):
+            code = await _exit_code(monitor, within_s=_KILL_S)
+        if code is None:
             self._down("the gpu monitor hangs in the kernel, where it cannot be killed: the driver is stuck")
-        return why or f"the gpu monitor ended ({_exit_text(monitor.returncode)})"
+        while code is None:  # another one would hang as well
+            code = await _exit_code(monitor, within_s=_KILL_S)
+        return why or f"the gpu monitor ended ({f'signal {-code}' if code < 0 else f'code {code}'})"
 
     async def _listen(self, stdout: IO[bytes]) -> str | None:
         """Take the monitor's lines until it falls silent or talks nonsense; None: until it ended."""
@@ -358,7 +368,7 @@ class GpuInventory:
                 patience_s = line.next_s + self._options.silence_s
                 self._take(line)
         except _Silent:
-            return f"the gpu monitor was silent for {patience_s:g} s, so NVML hangs"
+            return f"the gpu monitor was silent for {patience_s:g} s: NVML seems to hang"
         finally:
             transport.close()
 
@@ -455,14 +465,9 @@ async def _next_line(reader: asyncio.StreamReader, patience_s: float) -> bytes:
     raise _Silent
 
 
-async def _gone(monitor: subprocess.Popen[bytes], *, within_s: float) -> bool:
+async def _exit_code(monitor: subprocess.Popen[bytes], *, within_s: float) -> int | None:
+    """The exit code of a process that was killed, negative for a signal; None: it does not end within `within_s`."""
     until = time.monotonic() + within_s
-    while monitor.poll() is None:
-        if time.monotonic() > until:
-            return False
-        await asyncio.sleep(0.01)
-    return True
-
-
-def _exit_text(returncode: int) -> str:
-    return f"signal {-returncode}" if returncode < 0 else f"code {returncode}"
+    while (code := monitor.poll()) is None and time.monotonic() < until:  # noqa: ASYNC110  # no child watcher
+        await asyncio.sleep(0.02)
+    return code
