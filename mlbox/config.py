@@ -7,7 +7,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +16,10 @@ from mlbox.errors import MlboxError
 
 EXIT_CONFIG = 78
 """Exit status for a bad configuration (EX_CONFIG in sysexits.h): systemd must not restart into it."""
+
+
+_NUMBER_MAX = 10**12
+"""Far above anything that can be meant, far below where an int does not become a float or a timeout overflows."""
 
 
 class BadConfig(MlboxError):
@@ -133,18 +137,18 @@ class Config:
 
     @property
     def socket_path(self) -> Path:
-        return Path(self.server.socket).absolute() if self.server.socket else self.state_folder / "mlbox.sock"
+        socket = self.server.socket
+        return Path(socket).expanduser().absolute() if socket else self.state_folder / "mlbox.sock"
 
     @property
     def models_folder(self) -> Path:
-        return (
-            Path(self.serving.models).expanduser().absolute() if self.serving.models else self.state_folder / "models"
-        )
+        models = self.serving.models
+        return Path(models).expanduser().absolute() if models else self.state_folder / "models"
 
 
 def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read `path` (None: defaults) and apply `section.key=value` overrides, which win. Raises BadConfig."""
-    text, name = "", "defaults"
+    text, name = "", "the defaults"
     if path is not None:
         name = str(path)
         try:
@@ -153,20 +157,24 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
             raise BadConfig(f"{path}: cannot be read: {error}") from error
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not only TOMLDecodeError: a number of 5,000 digits, say
         raise BadConfig(f"{name}: not TOML: {error}") from error
-    config = _section(Config, table, _Source(name, text), ())
+    config: Config = _section(Config, table, _Source(name, text), ())
     for override in overrides:
-        config = _override(config, override)
-    _check(config, name)
+        written = _override(override)
+        _section(Config, written, _Source(f"--set {override}", ""), ())
+        table = _merged(table, written)
+        config = _section(Config, table, _Source(name, ""), ())
+    if size_bytes(config.jobs.log_head) > size_bytes(config.jobs.log_max):
+        raise BadConfig(f"{name}: 'jobs.log_head' is larger than 'jobs.log_max'")
     return config
 
 
 def size_bytes(text: str) -> int:
     """`64M` -> 67108864; K, M, G, T are powers of 1024. Raises ValueError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
     if match is None:
-        raise ValueError(f"{text!r} is not a size such as 512M or 1G")
+        raise ValueError(f"{text[:60]!r} is not a size such as 512M or 1G")
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
@@ -174,8 +182,53 @@ def host_port(text: str) -> tuple[str, int]:
     """`127.0.0.1:8470` or `[::1]:8470` -> its parts. Raises ValueError."""
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\s\[\]]+)):(\d{1,5})", text)
     if match is None or int(match[3]) > 65535:
-        raise ValueError(f"{text!r} is not HOST:PORT such as 127.0.0.1:8470")
+        raise ValueError(f"{text[:60]!r} is not HOST:PORT such as 127.0.0.1:8470")
     return match[1] or match[2], int(match[3])
+
+
+def _positive(number: float) -> None:
+    if not number > 0:
+        raise ValueError(f"{number:g} makes no sense: it wants more than 0")
+
+
+def _one_of(*words: str) -> Callable[[str], None]:
+    def check(text: str) -> None:
+        if text not in words:
+            raise ValueError(f"{text[:60]!r} is not one of {', '.join(words)}")
+
+    return check
+
+
+def _path(text: str) -> None:
+    if "\0" in text:
+        raise ValueError("a path cannot hold a NUL character")
+    try:
+        Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{text[:60]!r}: {error}") from error
+
+
+_CHECKS: Mapping[str, Callable[[Any], object]] = {
+    "state": _path,
+    "server.listen": host_port,
+    "server.socket": _path,
+    "server.body_max": size_bytes,
+    "server.header_timeout_s": _positive,
+    "server.body_timeout_s": _positive,
+    "server.session_hours": _positive,
+    "scheduler.repair_s": _positive,
+    "scheduler.gpu_sample_s": _positive,
+    "scheduler.gpu_silence_s": _positive,
+    "jobs.log_head": size_bytes,
+    "jobs.log_max": size_bytes,
+    "jobs.shell": _path,
+    "serving.models": _path,
+    "serving.http": host_port,
+    "serving.gpu": _one_of("prefer", "require", "never"),
+    "serving.body_max": size_bytes,
+    "serving.run_timeout_s": _positive,
+}
+"""What no type can say of a value; each raises ValueError. Other numbers may be 0, none may be negative."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,95 +237,89 @@ class _Source:
     text: str
 
     def at(self, path: tuple[str, ...]) -> str:
-        """`file:line` of a key, as far as it can be found."""
+        """`file:line` of a key, or of the section around it, as far as it can be found."""
         section: tuple[str, ...] = ()
-        for number, line in enumerate(self.text.splitlines(), 1):
-            if header := re.match(r"\s*\[([^\[\]]+)\]", line):
-                section = tuple(part.strip().strip("\"'") for part in header[1].split("."))
-                if section == path:
-                    return f"{self.name}:{number}"
-            elif key := re.match(r"\s*([\w.\"'-]+)\s*=", line):
-                dotted = tuple(part.strip("\"'") for part in key[1].split("."))
-                if section + dotted == path:
-                    return f"{self.name}:{number}"
-        return self.name
+        for number, line in enumerate(self.text.split("\n"), 1):
+            header = re.match(r"\s*\[([^\[\]]+)\]", line)
+            key = re.match(r"\s*([\w.\"'-]+)\s*=", line)
+            if header:
+                section = _parts(header[1])
+            if (header and section == path) or (key and section + _parts(key[1]) == path):
+                return f"{self.name}:{number}"
+        return self.at(path[:-1]) if path else self.name
+
+
+def _parts(dotted: str) -> tuple[str, ...]:
+    return tuple(part.strip().strip("\"'") for part in dotted.split("."))
 
 
 def _section(cls: type[Any], table: Mapping[str, object], source: _Source, path: tuple[str, ...]) -> Any:
-    known = {item.name: item for item in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
+    """The dataclass `cls` with the values of `table`. Raises BadConfig for the first that cannot be meant."""
+    known = typing.get_type_hints(cls)
     values: dict[str, object] = {}
     for key, value in table.items():
         here = (*path, key)
+        name = ".".join(here)
+        where = f"{source.at(here)}: {name[:80]!r}"
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"
-            raise BadConfig(f"{source.at(here)}: unknown key {'.'.join(here)!r}{hint}")
-        if dataclasses.is_dataclass(hints[key]):
+            near = difflib.get_close_matches(key[:64], known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+            raise BadConfig(f"{where} is an unknown key; {hint}")
+        if dataclasses.is_dataclass(known[key]):
             if not isinstance(value, dict):
-                raise BadConfig(f"{source.at(here)}: {'.'.join(here)!r} is a section: write [{'.'.join(here)}]")
-            values[key] = _section(hints[key], cast("dict[str, object]", value), source, here)
+                raise BadConfig(f"{where} is a section: write [{name}]")
+            values[key] = _section(cast("type[Any]", known[key]), cast("dict[str, object]", value), source, here)
         else:
-            values[key] = _value(hints[key], value, f"{source.at(here)}: {'.'.join(here)!r}")
+            values[key] = _value(known[key], value, name, where)
     return cls(**values)
 
 
-def _value(hint: Any, value: object, where: str) -> object:
+def _value(hint: Any, value: object, name: str, where: str) -> object:
     """`value` as the type the key wants. Raises BadConfig that says what it wants."""
     if isinstance(hint, types.GenericAlias):  # tuple[str, ...] is the only one
         items = cast("list[object]", value) if isinstance(value, list) else None
         if items is None or not all(isinstance(item, str) for item in items):
-            raise BadConfig(f"{where} wants a list of strings, got {value!r}")
+            raise BadConfig(f"{where} wants a list of strings, got {_shown(cast('object', value))}")
         return tuple(cast("list[str]", items))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+    accepted = (int, float) if hint is float else hint
+    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
         wanted = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}[hint]
-        raise BadConfig(f"{where} wants {wanted}, got {value!r}")
-    return cast("object", value)
+        raise BadConfig(f"{where} wants {wanted}, got {_shown(value)}")
+    if isinstance(value, (int, float)) and not 0 <= value <= _NUMBER_MAX:
+        raise BadConfig(f"{where} wants 0 to {_NUMBER_MAX}, got {_shown(value)}")
+    if check := _CHECKS.get(name):
+        try:
+            check(value)
+        except ValueError as error:
+            raise BadConfig(f"{where}: {error}") from error
+    return float(cast("float", value)) if hint is float else cast("object", value)
 
 
-def _override(config: Config, override: str) -> Config:
-    """Apply one `--set section.key=value`; the value is TOML, a bare word is a string."""
+def _override(override: str) -> dict[str, object]:
+    """One `--set section.key=value` as a table; the value is TOML, a bare word is a string."""
     name, equals, text = override.partition("=")
-    section, dot, key = name.strip().rpartition(".")
-    if not equals or "." in section:
+    *section, key = name.strip().split(".")
+    if not equals or len(section) > 1:
         raise BadConfig(f"--set {override}: write it as section.key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text
-    source = _Source(f"--set {override}", "")
-    if not dot:
-        changed = _section(Config, {key: value}, source, ())
-        return dataclasses.replace(config, **{key: getattr(changed, key)})
-    changed = getattr(_section(Config, {section: {key: value}}, source, ()), section)
-    merged = dataclasses.replace(getattr(config, section), **{key: getattr(changed, key)})
-    return dataclasses.replace(config, **{section: merged})
+    return {section[0]: {key: value}} if section else {key: value}
 
 
-def _check(config: Config, name: str) -> None:
-    """What no type can say. Raises BadConfig for the first value that cannot be meant."""
-    parsed_by = {
-        "server.body_max": (config.server.body_max, size_bytes),
-        "jobs.log_head": (config.jobs.log_head, size_bytes),
-        "jobs.log_max": (config.jobs.log_max, size_bytes),
-        "serving.body_max": (config.serving.body_max, size_bytes),
-        "server.listen": (config.server.listen, host_port),
-        "serving.http": (config.serving.http, host_port),
-    }
-    for key, (text, parse) in parsed_by.items():
-        try:
-            parse(text)
-        except ValueError as error:
-            raise BadConfig(f"{name}: {key!r}: {error}") from error
-    if size_bytes(config.jobs.log_head) > size_bytes(config.jobs.log_max):
-        raise BadConfig(f"{name}: 'jobs.log_head' is larger than 'jobs.log_max'")
-    if config.serving.gpu not in ("prefer", "require", "never"):
-        raise BadConfig(f"{name}: 'serving.gpu' is {config.serving.gpu!r}: prefer, require or never")
-    for section_name in ("server", "scheduler", "jobs", "serving"):
-        section = getattr(config, section_name)
-        for item in dataclasses.fields(section):
-            value = getattr(section, item.name)
-            if isinstance(value, (int, float)) and value < 0:
-                raise BadConfig(f"{name}: '{section_name}.{item.name}' is {value}: it cannot be negative")
+def _merged(table: Mapping[str, object], over: Mapping[str, object]) -> dict[str, object]:
+    merged = dict(table)
+    for key, value in over.items():
+        below = merged.get(key)
+        both = isinstance(below, dict) and isinstance(value, dict)
+        merged[key] = _merged(cast("dict[str, object]", below), cast("dict[str, object]", value)) if both else value
+    return merged
+
+
+def _shown(value: object) -> str:
+    try:
+        text = ascii(value)
+    except ValueError:  # a number of more digits than Python writes
+        return "a very large number"
+    return text if len(text) <= 60 else text[:57] + "..."

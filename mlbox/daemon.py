@@ -26,7 +26,7 @@ from mlbox.events import GPUS, Events
 from mlbox.scheduler import launching
 from mlbox.scheduler.executors.local import LocalExecutor
 from mlbox.scheduler.folders import Folders
-from mlbox.scheduler.gpus import GpuInventory
+from mlbox.scheduler.gpus import GpuInventory, MonitorOptions
 from mlbox.scheduler.launching import Surroundings
 from mlbox.scheduler.logs import LogBoard
 from mlbox.scheduler.loop import Loop
@@ -87,7 +87,7 @@ class _Daemon:
             cleanup.push_async_callback(database.close)
             try:
                 await self._run_parts(database, listeners, stop)
-            except* Exception as trouble:
+            except ExceptionGroup as trouble:
                 for error in trouble.exceptions:
                     log.error("mlbox: a part of it died", exc_info=error)
                 return EXIT_TROUBLE
@@ -120,10 +120,14 @@ class _Daemon:
         tools = state / "bin"
         launching.offer_uv(tools, sys.executable)
         scheduled = SchedulerState(slots=config.scheduler.cpu_slots or os.cpu_count() or 1)
+
+        def gpus_changed() -> None:
+            events.publish(GPUS)
+            loop.wake()
+
         gpus = GpuInventory(
-            lambda: (events.publish(GPUS), loop.wake()),
-            period_s=config.scheduler.gpu_sample_s,
-            silence_s=config.scheduler.gpu_silence_s,
+            gpus_changed,
+            MonitorOptions(period_s=config.scheduler.gpu_sample_s, silence_s=config.scheduler.gpu_silence_s),
         )
         loop = Loop(
             database=database,
@@ -144,7 +148,9 @@ class _Daemon:
             wake=loop.wake,
             waiting_max=config.scheduler.waiting_max,
         )
-        credentials = Credentials(database, job_of_token=jobs.job_of_token)
+        credentials = Credentials(
+            database, job_of_token=jobs.job_of_token, session_s=3600 * config.server.session_hours
+        )
         await credentials.load()
         supervisor = None
         if "infer_http" in listeners:
@@ -177,9 +183,10 @@ class _Daemon:
             ready=lambda: self._ready,
             owner_uid=os.getuid(),
         )
+        app = create_app(doors)
         server = transport.Server(
             transport.Config(
-                create_app(doors),
+                app,
                 limits=transport.Limits(
                     header_timeout_s=config.server.header_timeout_s, body_timeout_s=config.server.body_timeout_s
                 ),
@@ -193,12 +200,14 @@ class _Daemon:
             await loop.recover()
             tasks.append(_spawn(group, "scheduler", loop.run))
             tasks.append(_spawn(group, "deployments", deployments.run))
+            tasks.append(_spawn(group, "credentials", credentials.run))
             if supervisor:
                 tasks.append(_spawn(group, "inference", supervisor.run))
             web = group.create_task(server.serve(sockets=[listeners["http"], listeners["socket"]]), name="web")
             self._announce(gpus.current().message)
             await _first(stop.wait(), web)
             self._ready = "stopping"
+            app.stop()
             server.stop()
             await web
             for task in reversed(tasks):

@@ -35,10 +35,11 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 BUSY_TIMEOUT_MS = 5_000
-"""How long SQLite waits for a lock that an outsider holds before a write is refused and tried again by its caller."""
+"""How long SQLite waits for a lock that an outsider holds before the waiting writes are refused."""
 _GROUP = 256
 """Most writes in one commit: bounds how long the first of them waits for its fsync."""
 _STATEMENTS_CACHED = 256
+_BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 class SchemaTooNew(MlboxError):
@@ -63,6 +64,16 @@ class _Connection(aiosqlite.Connection):
         super().__init__(connector, iter_chunk_size=64)
         self._thread.daemon = True
 
+    @classmethod
+    async def made(cls, connector: Callable[[], sqlite3.Connection]) -> "_Connection":
+        connection = cls(connector)
+        try:
+            await connection
+        except BaseException:
+            connection._thread.join()  # its last word goes to this loop, which may be closed in a moment
+            raise
+        return connection
+
     async def run(self, function: Callable[[sqlite3.Connection], T]) -> T:
         execute = cast("Callable[[Callable[[], T]], Awaitable[T]]", super()._execute)  # pyright: ignore[reportUnknownMemberType]
         return await execute(partial(function, self._conn))
@@ -81,34 +92,31 @@ class Database:
         self._readers = readers
         self._next_reader = 0
         self._pending: deque[_Write] = deque()
-        self._flushing = False
+        self._idle = asyncio.Event()  # no write is queued or under way
+        self._idle.set()
         self._closed = False
 
     @classmethod
     async def open(cls, path: Path, readers: int = 2) -> "Database":
         """Open and migrate the file, making it where it is missing.
 
-        Raises SchemaTooNew, or Unavailable when the file cannot be opened or is no database.
+        Raises SchemaTooNew, or Unavailable when the file cannot be opened, cannot be migrated or is no database.
         """
-        writer = _Connection(partial(_connect, path, read_only=False))
         opened: list[_Connection] = []
         try:
-            await writer
+            writer = await _Connection.made(partial(_connect, path, read_only=False))
             opened.append(writer)
             await writer.run(partial(_migrate, path=path))
-            for _ in range(readers):
-                reader = _Connection(partial(_connect, path, read_only=True))
-                await reader
-                opened.append(reader)
-        except sqlite3.Error as error:
+            opened += [await _Connection.made(partial(_connect, path, read_only=True)) for _ in range(readers)]
+        except BaseException as error:
             for connection in reversed(opened):
                 await connection.close()
-            raise Unavailable(
-                f"{path} cannot be opened as a database: {error}. Restore a backup, or move it away to start empty."
-            ) from error
-        except BaseException:
-            for connection in reversed(opened):
-                await connection.close()
+            if isinstance(error, (sqlite3.OperationalError, OSError)):
+                raise Unavailable(f"the database {path} cannot be opened: {error}") from error
+            if isinstance(error, sqlite3.DatabaseError):
+                raise Unavailable(
+                    f"{path} is no sound database: {error}. Restore a backup, or move it away to start empty."
+                ) from error
             raise
         return cls(writer, opened[1:])
 
@@ -121,65 +129,79 @@ class Database:
         connection. Cancelling the caller neither interrupts nor undoes it. What it raises undoes it and is raised
         here; trouble of the file itself (full disk, locked by an outsider) is raised as Unavailable.
         """
-        if self._closed:
-            raise Unavailable("the database is closed: mlbox is stopping")
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._check_open()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
         self._pending.append(_Write(lambda connection: function(connection, *args, **kwargs), future))
-        if not self._flushing:
-            self._flushing = True
-            self._writer.post(partial(self._flush, loop=asyncio.get_running_loop()))
+        if self._idle.is_set():
+            self._idle.clear()
+            self._writer.post(partial(self._flush, loop=loop))
         return await future
 
     async def read(
         self, function: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """Run `function(connection, ...)` on a read-only connection; it sees every write that was answered."""
-        if self._closed:
-            raise Unavailable("the database is closed: mlbox is stopping")
+        self._check_open()
         self._next_reader = (self._next_reader + 1) % len(self._readers)
-        reader = self._readers[self._next_reader]
         try:
-            return await reader.run(lambda connection: function(connection, *args, **kwargs))
+            return await self._readers[self._next_reader].run(lambda connection: function(connection, *args, **kwargs))
         except sqlite3.OperationalError as error:
-            raise _unavailable(error) from error
+            raise _meant(error) from error
 
     async def backup(self, target: Path) -> None:
-        """Copy the database to `target` while it is in use (SQLite's online backup, from the writer itself)."""
-        await self._writer.run(partial(_backup, target=target))
+        """Copy the database to `target` while it is in use (SQLite's online backup, from the writer itself).
+
+        Raises Unavailable when `target` cannot be written; what was there before then stays.
+        """
+        self._check_open()
+        try:
+            await self._writer.run(partial(_backup, target=target))
+        except (sqlite3.OperationalError, OSError) as error:
+            raise Unavailable(f"the database cannot be copied to {target}: {error}") from error
 
     async def close(self) -> None:
         """Finish the queued writes, then close every connection."""
         if self._closed:
             return
         self._closed = True
+        await self._idle.wait()
         for connection in (*self._readers, self._writer):
-            with contextlib.suppress(sqlite3.Error, ValueError):
+            with contextlib.suppress(sqlite3.Error):
                 await connection.close()
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Unavailable("the database is closed: mlbox is stopping")
+
     def _flush(self, connection: sqlite3.Connection, *, loop: asyncio.AbstractEventLoop) -> None:
-        """On the writer's thread: commit what is pending, group by group, until nothing is."""
-        group = [self._pending.popleft() for _ in range(min(len(self._pending), _GROUP))]
-        if group:
-            try:
-                _commit_group(connection, group)
-            except sqlite3.Error as error:
-                # The shared commit failed as a whole and is undone; alone, the innocent ones may still fit. An
-                # outsider's lock stays in everybody's way, though: waiting for it once per write helps nobody.
-                locked = error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+        """On the writer's thread: commit the next group of what is pending."""
+        group = self._take(_GROUP)
+        try:
+            _commit(connection, group)
+        except BaseException as error:  # whatever it is, somebody waits for an answer
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in _BUSY:
+                # An outsider's lock is in everybody's way: waiting for it once per group would help nobody.
+                group += self._take(len(self._pending))
                 for write in group:
-                    if locked:
-                        write.error = _unavailable(error)
-                    else:
-                        _commit_alone(connection, write)
+                    write.error = _meant(error)
+            else:
+                # The shared commit failed as a whole and is undone; alone, the innocent ones may still fit.
+                for write in group:
+                    _commit_alone(connection, write)
         # A loop that is already closed has nobody waiting on it.
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(self._deliver, group, loop)
 
+    def _take(self, most: int) -> list[_Write]:
+        return [self._pending.popleft() for _ in range(min(len(self._pending), most))]
+
     def _deliver(self, group: list[_Write], loop: asyncio.AbstractEventLoop) -> None:
+        """On the loop: have the next group committed and answer this one."""
         if self._pending:
             self._writer.post(partial(self._flush, loop=loop))
         else:
-            self._flushing = False
+            self._idle.set()
         for write in group:
             if write.future.done():
                 continue
@@ -190,7 +212,7 @@ class Database:
 
 
 class FolderLock:
-    """Keeps a second daemon out of a state folder, for as long as this process lives."""
+    """Keeps a second daemon out of a state folder, for as long as this process lives. Raises Conflict."""
 
     def __init__(self, folder: Path) -> None:
         self._fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -220,20 +242,29 @@ def _connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
         cached_statements=_STATEMENTS_CACHED,
         timeout=BUSY_TIMEOUT_MS / 1000,
     )
+    try:
+        _configure(connection, path, read_only=read_only)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _configure(connection: sqlite3.Connection, path: Path, *, read_only: bool) -> None:
     connection.row_factory = sqlite3.Row
     connection.execute("PRAGMA trusted_schema = OFF")
     connection.execute("PRAGMA foreign_keys = ON")
     if read_only:
         connection.execute("PRAGMA query_only = ON")
-    else:
-        os.chmod(path, 0o600)  # noqa: PTH101
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-    return connection
+        return
+    path.chmod(0o600)
+    connection.execute("PRAGMA synchronous = FULL")
+    if connection.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+        raise OSError("its file system has no shared memory for SQLite's WAL: keep the state on a local disk")
 
 
-def _commit_group(connection: sqlite3.Connection, group: list[_Write]) -> None:
-    """Run each write in a savepoint of one transaction. Raises sqlite3.Error when nothing of it was committed."""
+def _commit(connection: sqlite3.Connection, group: list[_Write]) -> None:
+    """Run each write in a savepoint of one transaction. What it raises, it has undone the whole group for."""
     try:
         connection.execute("BEGIN IMMEDIATE")
         for write in group:
@@ -244,7 +275,7 @@ def _commit_group(connection: sqlite3.Connection, group: list[_Write]) -> None:
             except BaseException as error:
                 if not connection.in_transaction:  # a full disk makes SQLite roll everything back
                     raise
-                write.error = _unavailable(error) if isinstance(error, sqlite3.OperationalError) else error
+                write.error = _meant(error)
                 connection.execute("ROLLBACK TO one")
             connection.execute("RELEASE one")
         connection.execute("COMMIT")
@@ -256,13 +287,19 @@ def _commit_group(connection: sqlite3.Connection, group: list[_Write]) -> None:
 
 def _commit_alone(connection: sqlite3.Connection, write: _Write) -> None:
     try:
-        _commit_group(connection, [write])
-    except sqlite3.Error as error:
-        write.error = _unavailable(error)
+        _commit(connection, [write])
+    except BaseException as error:  # its caller waits for an answer
+        write.error = _meant(error)
 
 
-def _unavailable(error: BaseException) -> Unavailable:
-    return Unavailable(f"the database cannot do that now: {error}; nothing was changed, try again")
+def _meant(error: BaseException) -> BaseException:
+    """What a caller is told: trouble of the file (full, locked, unreadable) as Unavailable, a mistake as it is."""
+    if isinstance(error, StopIteration):  # no future takes it (PEP 479)
+        return RuntimeError("a transaction's function raised StopIteration")
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+    if isinstance(error, sqlite3.OperationalError) and code != sqlite3.SQLITE_ERROR:
+        return Unavailable(f"the database cannot do that now: {error}; nothing was changed, try again")
+    return error
 
 
 def _migrations() -> list[tuple[int, str, str]]:
@@ -290,14 +327,22 @@ def _migrate(connection: sqlite3.Connection, *, path: Path) -> None:
         _backup(connection, target=folder / f"before-schema-{waiting[-1][0]}.db")
     for number, name, sql in waiting:
         # executescript would commit first; inside its own BEGIN the whole file is one transaction.
-        connection.executescript(f"BEGIN IMMEDIATE;\n{sql}\nPRAGMA user_version = {number};\nCOMMIT;")
+        try:
+            connection.executescript(f"BEGIN IMMEDIATE;\n{sql}\nPRAGMA user_version = {number};\nCOMMIT;")
+        except sqlite3.Error as error:
+            raise Unavailable(f"{path} stays as it is: schema {number} ({name}) cannot be applied: {error}") from error
         log.info("database: schema %d (%s)", number, name)
 
 
 def _backup(connection: sqlite3.Connection, *, target: Path) -> None:
-    partial_copy = target.with_name(target.name + ".partial")
-    partial_copy.unlink(missing_ok=True)
-    with contextlib.closing(sqlite3.connect(partial_copy)) as copy:
-        connection.backup(copy)
-    os.chmod(partial_copy, 0o600)  # noqa: PTH101
-    partial_copy.replace(target)
+    half = target.with_name(target.name + ".partial")
+    half.unlink(missing_ok=True)
+    try:
+        half.touch(mode=0o600, exist_ok=False)
+        with contextlib.closing(sqlite3.connect(half)) as copy:
+            copy.execute("PRAGMA journal_mode = OFF")  # half a copy is thrown away, not rolled back
+            connection.backup(copy)
+        half.replace(target)
+    except BaseException:
+        half.unlink(missing_ok=True)
+        raise

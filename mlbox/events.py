@@ -4,7 +4,7 @@ A subscriber gets at most one pending hint per topic, however many are published
 """
 
 import asyncio
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from contextlib import contextmanager
 
 JOBS = "jobs"
@@ -18,11 +18,10 @@ def job_topic(job_id: int) -> str:
 
 
 class Subscription:
-    """A set of topics that changed since they were last taken."""
+    """The topics that changed since they were last taken."""
 
-    def __init__(self, topics: Iterable[str]) -> None:
-        self._topics = frozenset(topics)
-        self._changed: dict[str, None] = {}
+    def __init__(self) -> None:
+        self._changed: set[str] = set()
         self._wake = asyncio.Event()
 
     async def take(self, timeout_s: float | None = None) -> frozenset[str]:
@@ -38,7 +37,7 @@ class Subscription:
         return changed
 
     def _hint(self, topic: str) -> None:
-        self._changed[topic] = None
+        self._changed.add(topic)
         self._wake.set()
 
 
@@ -55,14 +54,15 @@ class Events:
 
     @contextmanager
     def subscribe(self, *topics: str) -> Generator[Subscription]:
-        subscription = Subscription(topics)
+        """What changes in `topics` from now on, until the block is left."""
+        subscription = Subscription()
         for topic in topics:
             self._subscriptions.setdefault(topic, set()).add(subscription)
         try:
             yield subscription
         finally:
-            for topic in topics:
-                waiting = self._subscriptions[topic]
-                waiting.discard(subscription)
-                if not waiting:
+            for topic in frozenset(topics):
+                others = self._subscriptions[topic]
+                others.discard(subscription)
+                if not others:
                     del self._subscriptions[topic]

@@ -59,8 +59,6 @@ class Reason(StrEnum):
     USER = "user"
 
 
-REQUEUE_REASONS = frozenset({Reason.LOST, Reason.REBOOT, Reason.GPU_FAILED})
-"""The box failed, not the program: `requeue=true` gives these another attempt."""
 RETRY_REASONS = frozenset({Reason.EXIT_CODE, Reason.SIGNAL})
 """The program failed in a way that another try may mend: `retries=n` gives these another attempt."""
 

@@ -51,11 +51,12 @@ CREATE TABLE jobs (
     removed_at REAL,
     CHECK ((command IS NULL) <> (script IS NULL)),
     CHECK ((ended_at IS NOT NULL) = (state IN ('succeeded', 'failed', 'cancelled'))),
-    CHECK (state NOT IN ('starting', 'running') OR attempt > 0)
+    CHECK (state NOT IN ('starting', 'running') OR attempt > 0),
+    CHECK (state NOT IN ('failed', 'cancelled') OR reason IS NOT NULL),
+    CHECK (state <> 'queued' OR cancel_requested_at IS NULL)
 ) STRICT;
 
 CREATE UNIQUE INDEX jobs_idempotency ON jobs (uid, idempotency_key) WHERE idempotency_key IS NOT NULL;
-CREATE INDEX jobs_alive ON jobs (state, id) WHERE state IN ('queued', 'starting', 'running');
 CREATE INDEX jobs_by_state ON jobs (state, id);
 CREATE INDEX jobs_by_uid ON jobs (uid, id);
 CREATE INDEX jobs_by_model ON jobs (id) WHERE model IS NOT NULL AND state = 'succeeded';
@@ -162,11 +163,15 @@ CREATE TABLE tokens (
 CREATE UNIQUE INDEX tokens_idempotency ON tokens (uid, idempotency_key) WHERE idempotency_key IS NOT NULL;
 CREATE INDEX tokens_by_uid ON tokens (uid, id);
 
+-- One-time codes for a browser. `token_id` is set where a token asked for the code or opened the session: what it
+-- opened ends with it. `scopes` are never more than the asker's.
 CREATE TABLE login_codes (
     sha256 TEXT PRIMARY KEY,
     user TEXT NOT NULL,
     uid INTEGER NOT NULL,
     role TEXT NOT NULL CHECK (role IN ('user', 'deployer', 'admin')),
+    scopes TEXT NOT NULL,
+    token_id INTEGER REFERENCES tokens (id),
     created_at REAL NOT NULL,
     expires_at REAL NOT NULL,
     used_at REAL
@@ -178,10 +183,14 @@ CREATE TABLE sessions (
     user TEXT NOT NULL,
     uid INTEGER NOT NULL,
     role TEXT NOT NULL CHECK (role IN ('user', 'deployer', 'admin')),
+    scopes TEXT NOT NULL,
+    token_id INTEGER REFERENCES tokens (id),
     created_at REAL NOT NULL,
     expires_at REAL NOT NULL,
     ended_at REAL
 ) STRICT;
+
+CREATE INDEX sessions_live ON sessions (expires_at) WHERE ended_at IS NULL;
 
 -- Where each model version came from. A row without `deployed_at` and `failed_at` is still to be carried out.
 CREATE TABLE model_versions (

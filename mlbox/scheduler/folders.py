@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+from mlbox.errors import Conflict
 from mlbox.jobs import Job
 
 
@@ -21,7 +22,8 @@ class Folders:
         for folder in (self.state, self.jobs, self.incoming):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for left in self.incoming.iterdir():
-            left.unlink()
+            with contextlib.suppress(OSError):  # what cannot be removed is in nobody's way
+                _remove(left)
 
     def job(self, job_id: int) -> Path:
         return self.jobs / str(job_id)
@@ -46,41 +48,61 @@ class Folders:
         The id was just reserved, so whatever lies in its folder is left from a submit that was never acknowledged.
         """
         folder = self.job(job_id)
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
         folder.mkdir(mode=0o700)
         with upload.open("rb") as file:
             os.fsync(file.fileno())
         upload.rename(folder / f"code.{form}")
-        _sync_folder(folder)
-        _sync_folder(self.jobs)
+        sync_folder(folder)
+        sync_folder(self.jobs)
 
     def copy_code(self, job: Job) -> Path | None:
-        """Another name for the job's archive in the incoming folder, for a job made from it. Blocking."""
+        """Another name for the job's archive in the incoming folder, for a job made from it. Blocking.
+
+        Raises FileNotFoundError when the archive was removed.
+        """
         source = self.code(job)
         if source is None:
             return None
         copy = self.incoming / f"again-{job.id}-{os.urandom(8).hex()}"
         try:
             copy.hardlink_to(source)
-        except FileNotFoundError:
-            raise
-        except OSError:  # a file system without hard links
+        except OSError:  # a file system without hard links, or no such file: then this says so
             shutil.copyfile(source, copy)
         return copy
 
     def forget_unknown(self, highest_id: int) -> None:
         """Remove folders of ids that were reserved but never became a job. Blocking."""
         for folder in self.jobs.iterdir():
-            if folder.name.isdigit() and int(folder.name) > highest_id:
-                shutil.rmtree(folder, ignore_errors=True)
+            if folder.name.isdecimal() and int(folder.name) > highest_id:
+                with contextlib.suppress(OSError):
+                    _remove(folder)
 
     def remove(self, job_id: int) -> None:
-        """Remove everything a job left on disk. Blocking."""
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self.job(job_id))
+        """Remove everything a job left on disk. Blocking. Raises Conflict where somebody else owns a part of it."""
+        try:
+            _remove(self.job(job_id))
+        except PermissionError as error:
+            raise Conflict(
+                f"job {job_id} left files that mlbox may not remove ({error.filename}): remove them by hand"
+            ) from error
 
 
-def _sync_folder(folder: Path) -> None:
+def _remove(path: Path) -> None:
+    """Remove a file or a folder with all that is in it, also what a program left read-only (as Go's cache does)."""
+    if path.is_dir() and not path.is_symlink():
+        for parent, folders, _ in os.walk(path):
+            for folder in (Path(parent, name) for name in folders):
+                with contextlib.suppress(OSError):
+                    if not folder.is_symlink():
+                        folder.chmod(0o700)
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable: a rename alone does not survive a power loss. Blocking."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -3,8 +3,9 @@
 import signal as signals
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
-from mlbox.jobs import REQUEUE_REASONS, RETRY_REASONS, Job, JobState, Reason
+from mlbox.jobs import RETRY_REASONS, Job, JobState, Reason
 from mlbox.scheduler.executors.base import Exit, Liveness, Observation, Stopped
 
 
@@ -55,31 +56,43 @@ class Outcome:
 def of_exit(job: Job, exit: Exit, failures: int) -> Outcome:  # noqa: A002
     """What `exit` of the current attempt means; `failures` earlier attempts counted against the job's retries."""
     state, reason, cause = _judge(job, exit)
-    if reason in RETRY_REASONS and failures < job.spec.retries and job.cancel_requested_at is None:
-        left = job.spec.retries - failures - 1
-        return Outcome(
-            state=JobState.QUEUED,
-            reason=reason,
-            cause=f"{cause}; it is tried again ({left} more {'try' if left == 1 else 'tries'} after that)",
-            exit=exit,
-            failed=True,
-        )
-    return Outcome(state=state, reason=reason, cause=cause, exit=exit)
+    if reason not in RETRY_REASONS or failures >= job.spec.retries:
+        return Outcome(state=state, reason=reason, cause=cause, exit=exit)
+    left = job.spec.retries - failures - 1
+    again = Outcome(
+        state=JobState.QUEUED,
+        reason=reason,
+        cause=f"{cause}; it is tried again ({left} more {'try' if left == 1 else 'tries'} after that)",
+        exit=exit,
+        failed=True,
+    )
+    return again if job.cancel_requested_at is None else not_again(again)
 
 
-def of_loss(job: Job, reason: Reason) -> Outcome:
-    """What the disappearance of an attempt means (`lost`: its supervisor died; `reboot`: the box did)."""
-    causes = {
+def of_loss(job: Job, reason: Literal[Reason.LOST, Reason.REBOOT]) -> Outcome:
+    """What the disappearance of an attempt means (`lost`: its supervisor died; `reboot`: the box did).
+
+    The box failed, not the program: `requeue=true` gives such a job another attempt, `retries` does not.
+    """
+    cause = {
         Reason.LOST: "its supervisor died, so how it ended is unknown; what was left of it was killed",
         Reason.REBOOT: "the machine went down while it ran",
-    }
-    cause = causes[reason]
+    }[reason]
     if job.cancel_requested_at is not None:
         return Outcome(state=JobState.CANCELLED, reason=Reason.USER, cause=f"cancelled; {cause}")
-    if job.spec.requeue and reason in REQUEUE_REASONS:
+    if job.spec.requeue:
         return Outcome(state=JobState.QUEUED, reason=reason, cause=f"{cause}; it waits for another attempt")
     return Outcome(
         state=JobState.FAILED, reason=reason, cause=f"{cause} (requeue=true would have given it another attempt)"
+    )
+
+
+def not_again(end: Outcome) -> Outcome:
+    """`end` for a job that somebody wants cancelled: whatever would have been tried again is cancelled."""
+    if end.state is not JobState.QUEUED:
+        return end
+    return Outcome(
+        state=JobState.CANCELLED, reason=Reason.USER, cause="cancelled, so it is not tried again", exit=end.exit
     )
 
 
@@ -89,14 +102,14 @@ def of_refusal(why: str) -> Outcome:
 
 
 def _judge(job: Job, exit: Exit) -> tuple[JobState, Reason | None, str]:  # noqa: A002
-    if exit.error is not None:
-        return JobState.FAILED, Reason.COULD_NOT_START, f"it could not be started: {exit.error}"
     if exit.stopped is Stopped.CANCEL:
         return JobState.CANCELLED, Reason.USER, "cancelled while it ran"
     if exit.stopped is Stopped.TIME_LIMIT:
-        limit = f"{job.spec.time_limit_s:g} s" if job.spec.time_limit_s else "its limit"
-        return JobState.FAILED, Reason.TIME_LIMIT, f"stopped at its time limit of {limit}"
-    if exit.out_of_memory:
+        limit = f" of {job.spec.time_limit_s:g} s" if job.spec.time_limit_s else ""
+        return JobState.FAILED, Reason.TIME_LIMIT, f"stopped at its time limit{limit}"
+    if exit.error is not None:
+        return JobState.FAILED, Reason.COULD_NOT_START, f"it could not be started: {exit.error}"
+    if exit.out_of_memory and exit.exit_code != 0:
         return JobState.FAILED, Reason.OUT_OF_MEMORY, "killed for using more memory than it may"
     if exit.signal is not None:
         return JobState.FAILED, Reason.SIGNAL, f"killed by signal {exit.signal} ({_signal_name(exit.signal)})"

@@ -75,17 +75,18 @@ def explain(job: WaitingJob, box: Box, ahead: int, head: int | None, now: float)
     """One sentence why `job` waits. `ahead` jobs of its line come before it; `head` is the first that does not fit."""
     if reason := barred(job, now):
         return reason
-    if job.gpus == 0:
-        if job.slots > box.slots_free and ahead == 0:
-            return f"it needs {_count(job.slots, 'CPU slot')}, {_free(box.slots_free)} of {box.slots}"
-        return f"{_count(ahead, 'job')} before it {_wait(ahead)} for a CPU slot, {_free(box.slots_free)} of {box.slots}"
-    if ahead and head is not None and head != job.id:
-        return f"{_count(ahead, 'job')} before it {_wait(ahead)} for GPUs, first of all job {head}"
-    if not box.gpus:
-        return f"it needs {_count(job.gpus, 'GPU')}, and this box shows none now"
-    busy = "; ".join(f"GPU {gpu.index} {gpu.busy}" for gpu in box.gpus if gpu.busy is not None)
-    free = len(box.free_gpus)
-    return f"it needs {_count(job.gpus, 'GPU')}, {_free(free)} of {len(box.gpus)}{': ' + busy if busy else ''}"
+    wanted, noun, free, total = job.slots, "CPU slot", box.slots_free, box.slots
+    if job.gpus:
+        wanted, noun, free, total = job.gpus, "GPU", len(box.free_gpus), len(box.gpus)
+    if ahead and head not in (None, job.id):
+        return f"{_count(ahead, 'job')} before it {'waits' if ahead == 1 else 'wait'} for {noun}s, first job {head}"
+    if not total:
+        return f"it needs {_count(wanted, noun)}, and this box shows none now"
+    if not ahead and wanted <= free:
+        return "it is about to start"
+    free_now = "none is free" if free == 0 else f"{free} {'is' if free == 1 else 'are'} free"
+    busy = "; ".join(f"GPU {gpu.index} {gpu.busy}" for gpu in box.gpus if job.gpus and gpu.busy is not None)
+    return f"it needs {_count(wanted, noun)}, {free_now} of {total}{': ' + busy if busy else ''}"
 
 
 def impossible(gpus: int, slots: int, box: Box) -> str | None:
@@ -111,11 +112,3 @@ def view(states: Sequence[tuple[str, int, str | None]], slots: int, slots_used: 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _free(number: int) -> str:
-    return "none is free" if number == 0 else f"{number} {'is' if number == 1 else 'are'} free"
-
-
-def _wait(number: int) -> str:
-    return "waits" if number == 1 else "wait"

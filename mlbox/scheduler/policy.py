@@ -1,6 +1,7 @@
 """In which order waiting jobs are tried. Pure: time is a parameter."""
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,5 +32,5 @@ def barred(job: WaitingJob, now: float) -> str | None:
     if job.hold:
         return "it is held: release it when it may start"
     if job.not_before is not None and job.not_before > now:
-        return "it is not to start before the time it was given"
+        return f"it may not start before {datetime.fromtimestamp(job.not_before, UTC):%Y-%m-%d %H:%M:%S} UTC"
     return None

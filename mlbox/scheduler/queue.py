@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
-from mlbox.jobs import Job, JobSpec, JobState, Reason, Usage
-from mlbox.scheduler.outcome import Outcome
+from mlbox.jobs import ENDED, Job, JobSpec, JobState, Reason, Usage
+from mlbox.scheduler.outcome import Outcome, not_again
 from mlbox.scheduler.placement import Start
 
 _JOB = """
@@ -130,6 +130,7 @@ def submit(
         uid=uid,
         state=JobState.QUEUED,
         submitted_at=now,
+        retry_of=retry_of,
     )
     return job, True
 
@@ -165,9 +166,11 @@ def listing(
     """Jobs, newest first, by keyset: `before` is the last id of the page before."""
     conditions: list[str] = []
     values: list[object] = []
-    wanted = tuple(states)
+    wanted = frozenset(states)
     if wanted:
-        conditions.append(f"j.state IN ({', '.join('?' * len(wanted))})")
+        # "+" keeps SQLite from gathering and sorting every ended job before the first of them is returned.
+        column = "+j.state" if len(wanted) > 1 and wanted & ENDED else "j.state"
+        conditions.append(f"{column} IN ({', '.join('?' * len(wanted))})")
         values += wanted
     for column, value in (("uid", uid), ("user", user), ("name", name), ("project", project)):
         if value is not None:
@@ -220,14 +223,14 @@ def of_token(connection: sqlite3.Connection, token_sha256: str) -> Job | None:
 def start(connection: sqlite3.Connection, launching: Sequence[Launching], *, now: float) -> dict[int, int]:
     """Commit the intent to start: lease, state and attempt together. Returns the attempt number by job id.
 
-    A job that waits no longer is left out, and nothing of it is changed.
+    A job that waits no longer, or was put on hold meanwhile, is left out, and nothing of it is changed.
     """
     started: dict[int, int] = {}
     for one in launching:
         job_id = one.start.job_id
         row = connection.execute(
             "UPDATE jobs SET state = 'starting', attempt = attempt + 1, started_at = NULL, reason = NULL, cause = NULL "
-            "WHERE id = ? AND state = 'queued' AND cancel_requested_at IS NULL RETURNING attempt",
+            "WHERE id = ? AND state = 'queued' AND hold = 0 RETURNING attempt",
             (job_id,),
         ).fetchone()
         if row is None:
@@ -274,31 +277,42 @@ def running(connection: sqlite3.Connection, launched: Sequence[tuple[int, int]],
 def finish(connection: sqlite3.Connection, job_id: int, attempt: int, outcome: Outcome, *, now: float) -> Job | None:
     """Record how an attempt ended and move its job on. None when the attempt was already recorded.
 
-    GPU leases stay: they are released when the GPU is seen to be clean.
+    A wish to cancel that came after `outcome` was judged still prevents another attempt. The times of the attempt's
+    own record are taken over: the daemon may have been away. GPU leases stay until the GPU is seen to be clean.
     """
-    ended_at = None if outcome.state is JobState.QUEUED else now
-    changed = connection.execute(
-        "UPDATE jobs SET state = ?, reason = ?, cause = ?, ended_at = ?, failures = failures + ?, "
-        "cancel_requested_at = CASE WHEN ? = 'queued' THEN NULL ELSE cancel_requested_at END "
+    row = connection.execute(
+        "SELECT cancel_requested_at, started_at FROM jobs "
         "WHERE id = ? AND attempt = ? AND state IN ('starting', 'running')",
-        (outcome.state, outcome.reason, outcome.cause, ended_at, int(outcome.failed), outcome.state, job_id, attempt),
-    ).rowcount
-    if not changed:
+        (job_id, attempt),
+    ).fetchone()
+    if row is None:
         return None
+    if row["cancel_requested_at"] is not None:
+        outcome = not_again(outcome)
     end = outcome.exit
+    started_at, ended_at = (end.started_at, end.ended_at) if end else (row["started_at"], now)
     connection.execute(
-        "UPDATE attempts SET ended_at = ?, exit_code = ?, signal = ?, reason = ?, cause = ?, cpu_seconds = ?, "
-        "max_rss_mib = ?, log_bytes = ?, started_at = coalesce(?, started_at) WHERE job_id = ? AND attempt = ?",
+        "UPDATE jobs SET state = ?, reason = ?, cause = ?, started_at = ?, ended_at = ?, failures = failures + ? "
+        "WHERE id = ?",
         (
-            now,
-            end.exit_code if end else None,
-            end.signal if end else None,
+            outcome.state,
             outcome.reason,
             outcome.cause,
-            end.cpu_seconds if end else None,
-            end.max_rss_mib if end else None,
-            end.log_bytes if end else None,
-            end.started_at if end else None,
+            started_at,
+            ended_at if outcome.state in ENDED else None,
+            int(outcome.failed),
+            job_id,
+        ),
+    )
+    connection.execute(
+        "UPDATE attempts SET started_at = ?, ended_at = ?, reason = ?, cause = ?, exit_code = ?, signal = ?, "
+        "cpu_seconds = ?, max_rss_mib = ?, log_bytes = ? WHERE job_id = ? AND attempt = ?",
+        (
+            started_at,
+            ended_at,
+            outcome.reason,
+            outcome.cause,
+            *((end.exit_code, end.signal, end.cpu_seconds, end.max_rss_mib, end.log_bytes) if end else (None,) * 5),
             job_id,
             attempt,
         ),
@@ -360,7 +374,7 @@ def mark_removed(connection: sqlite3.Connection, job_id: int, *, now: float) -> 
 def live_leases(connection: sqlite3.Connection) -> list[Lease]:
     rows = connection.execute(
         "SELECT l.gpu_uuid, l.job_id, l.attempt, a.attempt_key, a.ended_at FROM leases AS l "
-        "JOIN attempts AS a USING (job_id, attempt) WHERE l.released_at IS NULL ORDER BY l.id"
+        "JOIN attempts AS a USING (job_id, attempt) WHERE l.released_at IS NULL ORDER BY l.gpu_uuid"
     )
     return [
         Lease(

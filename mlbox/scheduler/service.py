@@ -225,6 +225,11 @@ class JobService:
             if (job := jobs.get(job_id)) and job.state is JobState.QUEUED
         ]
 
+    def under_way(self, job_id: int, attempt: int) -> bool:
+        """Whether this attempt is starting or running, so that its log may still grow. From memory."""
+        active = self._state.active.get(job_id)
+        return active is not None and active.attempt == attempt
+
     def gpus(self) -> Sequence[GpuReport]:
         """The box's GPUs with state, reason and jobs."""
         return self._state.gpu_reports(self._gpus.current())

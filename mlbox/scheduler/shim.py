@@ -14,7 +14,7 @@ Run as `python -I -S -E shim.py ATTEMPT_FOLDER` by whoever the job belongs to. I
 """
 
 # pathlib and contextlib are not imported: every start of a job would pay for them.
-# ruff: noqa: PTH102, PTH104, PTH106, PTH108, PTH110, PTH112, PTH118, PTH123, PTH208, SIM105, S606
+# ruff: noqa: PTH102, PTH104, PTH106, PTH108, PTH110, PTH112, PTH116, PTH118, PTH123, PTH208, SIM105, S606
 
 import _ctypes
 import errno
@@ -243,6 +243,7 @@ class Supervisor:
         self._trouble = b""
         self._stopped: str | None = None
         self._max_rss_kib = 0
+        self._cpu_s = 0.0
         # CLOCK_MONOTONIC: steps of the wall clock do not matter, and a suspended box does not use up a job's time.
         self._start_at = self._limit_at = self._kill_at = float("inf")
         self._kill_pause = KILL_AGAIN_S
@@ -380,6 +381,7 @@ class Supervisor:
             if pid == 0:
                 break
             self._max_rss_kib = max(self._max_rss_kib, usage.ru_maxrss)
+            self._cpu_s += usage.ru_utime + usage.ru_stime
             if pid == self._pid:
                 main_ended = True
                 self._status = status
@@ -404,6 +406,8 @@ class Supervisor:
         values = self._ending()
         if self._tree.cgroup:
             _remove_cgroup(self._tree.cgroup)
+        if os.path.exists("shim.log") and os.stat("shim.log").st_size == 0:
+            _unlink("shim.log")  # where the executor lets us complain
         while True:
             try:
                 self._log.finish()
@@ -420,12 +424,11 @@ class Supervisor:
             error = "it was stopped before user code ran"
             if self._stopped is None:
                 error = f"the process that was to become the job ended early (status {code})"
-        times = os.times()
-        cpu_seconds = times.children_user + times.children_system
+        cpu_s = self._cpu_s
         max_rss_mib = self._max_rss_kib / 1024
         out_of_memory = False
         if self._tree.cgroup:
-            cpu_seconds = int(_field(f"{self._tree.cgroup}/cpu.stat", "usage_usec") or cpu_seconds * 1e6) / 1e6
+            cpu_s = int(_field(f"{self._tree.cgroup}/cpu.stat", "usage_usec") or cpu_s * 1e6) / 1e6
             max_rss_mib = int(_get(f"{self._tree.cgroup}/memory.peak") or max_rss_mib * 2**20) / 2**20
             out_of_memory = int(_field(f"{self._tree.cgroup}/memory.events", "oom_kill") or 0) > 0
         return {
@@ -436,7 +439,7 @@ class Supervisor:
             "out_of_memory": out_of_memory,
             "started_at": self._started_at,
             "ended_at": time.time(),
-            "cpu_seconds": round(cpu_seconds, 6),
+            "cpu_seconds": round(cpu_s, 6),
             "max_rss_mib": round(max_rss_mib, 3),
             "log_bytes": self._log.bytes,
             "log_dropped_bytes": self._log.bytes - self._log.kept,
@@ -455,7 +458,10 @@ def main(folder: str) -> int:
     os.chdir(folder)
     if not _take_lock() or os.path.exists("started.json") or os.path.exists("exit.json"):
         return REFUSED
-    launch = Launch(_read_json("launch.json"))
+    try:
+        launch = Launch(_read_json("launch.json"))
+    except (OSError, ValueError, LookupError, TypeError, StopIteration) as error:
+        sys.exit(f"launch.json is not one: {error!r}")
     Supervisor(launch, wakeup, umask).run()
     return 0
 

@@ -73,16 +73,18 @@ def scan(models: Path) -> Repository:
 
 
 def version_numbers(folder: Path) -> frozenset[int]:
-    """The numbers of the version folders in a model's folder; none where that is missing."""
+    """The numbers of the version folders in a model's folder; none where that is missing.
+
+    A link that is called like a version counts: it takes the number, though it is never followed.
+    """
     try:
         entries = list(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return frozenset()
-    numbers = {entry.name: version_number(entry.name) for entry in entries}
     return frozenset(
         number
         for entry in entries
-        if (number := numbers[entry.name]) is not None and not entry.is_symlink() and entry.is_dir()
+        if (number := version_number(entry.name)) is not None and (entry.is_symlink() or entry.is_dir())
     )
 
 

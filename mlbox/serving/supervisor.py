@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class InferenceSupervisor:
         state: Path,
         listener: socket.socket,
         events: Events,
-        credentials: Callable[[], Sequence[dict[str, Any]]],
+        credentials: Callable[[], Sequence[Mapping[str, Any]]],
     ) -> None:
         self._config = config
         self._models = models

@@ -46,12 +46,18 @@ class Stopped(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """`started.json`: user code was about to run. Times are Unix seconds."""
+    """`started.json`: user code was about to run. Times are Unix seconds.
+
+    `start_ticks` is when the main process `pid` began, in clock ticks since boot, so that a recycled pid is told
+    apart; `cgroup` is the folder of its cgroup, where it has one of its own.
+    """
 
     shim_pid: int
     pid: int
     boot_id: str
     started_at: float
+    start_ticks: int | None = None
+    cgroup: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,155 @@
+"""`/api/me`, `/api/tokens`, `/api/login-codes`: who asks, and the credentials that they make for themselves."""
+
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import cast
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from mlbox.errors import FieldError, Invalid
+from mlbox.identity import Identity, Scope
+from mlbox.scheduler import submission, values
+from mlbox.web import bodies
+from mlbox.web.answers import Json, Text, moment, table, token_json
+from mlbox.web.credentials import DEFAULT_TOKEN_S, scopes_of
+from mlbox.web.doors import Doors
+from mlbox.web.negotiation import wants_text
+from mlbox.web.routes import id_in_path, idempotency_key, identity_of
+
+_DEFAULT_SCOPES = frozenset({Scope.READ, Scope.SUBMIT, Scope.INFER})
+_EXPIRES_MAX_S = 10 * 366 * 86_400.0
+_COLUMNS = ("id", "name", "user", "scopes", "expires_at", "last_used_at", "revoked_at")
+_ANSWERS_KEPT = 200
+"""Answers with a secret in them, kept in memory only for a client that asks again with the same Idempotency-Key."""
+_ANSWERS_KEPT_S = 600.0
+
+
+class IdentityApi:
+    """The endpoints of identity."""
+
+    def __init__(self, doors: Doors) -> None:
+        self._credentials = doors.credentials
+        self._endpoints = doors.endpoints
+        self._answers: OrderedDict[tuple[int, str, str], tuple[float, bytes]] = OrderedDict()
+
+    async def me(self, request: Request) -> Response:
+        who = identity_of(request)
+        return Json(
+            {
+                "user": who.user,
+                "uid": who.uid,
+                "role": who.role,
+                "scopes": sorted(who.scopes),
+                "credential": who.how,
+                "job": who.job_id,
+            }
+        )
+
+    async def create_token(self, request: Request) -> Response:
+        who, key = identity_of(request), idempotency_key(request)
+        fields = await bodies.fields_of(request)
+        if (earlier := self._earlier(who, "token", key)) is not None:
+            return _again(earlier)
+        bodies.known_only(fields, ("name", "scopes", "expires"))
+        name = fields.get("name", "token")
+        if not isinstance(name, str) or submission.NAME.fullmatch(name) is None:
+            raise _bad("name", "wants 1 to 64 of letters, digits, '.', '_' and '-'")
+        token, secret = await self._credentials.create_token(
+            who,
+            name=name,
+            scopes=_scopes(fields.get("scopes"), who),
+            expires_at=_expiry(fields),
+            idempotency_key=key,
+        )
+        headers = {"Location": f"/api/tokens/{token.id}"}
+        if wants_text(request):
+            return Text(secret + "\n", 201, headers)
+        answer = Json({**token_json(token), "token": secret}, 201, headers)
+        self._keep(who, "token", key, bytes(answer.body))
+        return answer
+
+    async def tokens(self, request: Request) -> Response:
+        rows = [token_json(token) for token in await self._credentials.tokens(identity_of(request))]
+        if wants_text(request):
+            return Text(table(_COLUMNS, rows))
+        return Json({"tokens": rows})
+
+    async def token(self, request: Request) -> Response:
+        token = await self._credentials.token(identity_of(request), id_in_path(request, "token"))
+        return Json(token_json(token))
+
+    async def revoke_token(self, request: Request) -> Response:
+        who, token_id = identity_of(request), id_in_path(request, "token")
+        await self._credentials.revoke(who, token_id)
+        return Json(token_json(await self._credentials.token(who, token_id)))
+
+    async def create_login_code(self, request: Request) -> Response:
+        who, key = identity_of(request), idempotency_key(request)
+        bodies.known_only(await bodies.fields_of(request), ())
+        if (earlier := self._earlier(who, "code", key)) is not None:
+            return _again(earlier)
+        code, expires_at = await self._credentials.make_login_code(who)
+        url = f"http://{self._endpoints()['http']}/login?code={code}"
+        if wants_text(request):
+            return Text(url + "\n", 201)
+        answer = Json({"code": code, "url": url, "expires_at": moment(expires_at)}, 201)
+        self._keep(who, "code", key, bytes(answer.body))
+        return answer
+
+    def _earlier(self, who: Identity, what: str, key: str | None) -> bytes | None:
+        """The first answer to this key, while it is kept."""
+        kept = self._answers.get((who.uid, what, key)) if key is not None else None
+        return kept[1] if kept is not None and kept[0] > time.monotonic() else None
+
+    def _keep(self, who: Identity, what: str, key: str | None, answer: bytes) -> None:
+        if key is not None:
+            self._answers[who.uid, what, key] = (time.monotonic() + _ANSWERS_KEPT_S, answer)
+            if len(self._answers) > _ANSWERS_KEPT:
+                self._answers.popitem(last=False)
+
+
+def _again(answer: bytes) -> Response:
+    return Response(answer, 201, {"Idempotency-Replayed": "true"}, media_type="application/json")
+
+
+def _scopes(value: object, who: Identity) -> frozenset[Scope]:
+    """The scopes asked for; where none are, the usual ones as far as the asker has them."""
+    if value is None:
+        return frozenset(scope for scope in _DEFAULT_SCOPES if who.may(scope))
+    words = value.replace(",", " ").split() if isinstance(value, str) else value
+    if not isinstance(words, list) or not words:
+        raise _bad("scopes", f"wants some of {', '.join(Scope)}")
+    try:
+        return scopes_of(str(word) for word in cast("list[object]", words))
+    except ValueError as error:
+        raise _bad("scopes", str(error)) from None
+
+
+def _expiry(fields: Mapping[str, object]) -> float | None:
+    """Unix seconds from a duration, a time, or `never`; in 90 days where nothing is said."""
+    now = time.time()
+    value = fields.get("expires")
+    if value is None and "expires" not in fields:
+        return now + DEFAULT_TOKEN_S
+    if value is None or value == "never":
+        return None
+    try:
+        at = now + values.seconds(value)
+    except values.Bad:
+        at = _written_time(value)
+    if at is None or not now < at <= now + _EXPIRES_MAX_S:
+        raise _bad("expires", "wants a duration such as 90d, a coming time such as 2027-01-31T18:00:00Z, or never")
+    return at
+
+
+def _written_time(value: object) -> float | None:
+    try:
+        return values.moment(value)
+    except values.Bad:
+        return None
+
+
+def _bad(field: str, message: str) -> Invalid:
+    return Invalid(f"{field}: {message}", (FieldError(field, message),))

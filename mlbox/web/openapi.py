@@ -1,0 +1,5 @@
+"""x."""
+
+
+def document() -> dict[str, object]:
+    return {}

@@ -1,0 +1,95 @@
+"""The query of an address, read strictly: unknown names and values that cannot be meant are refused. Pure."""
+
+from typing import NoReturn, TypedDict
+
+from starlette.requests import Request
+
+from mlbox.errors import FieldError, Invalid
+from mlbox.jobs import JobState
+from mlbox.scheduler import values
+from mlbox.web import bodies
+
+LIST_MAX = 1000
+_LIST_DEFAULT = 100
+_INT64 = 2**63 - 1
+_WORDS = {"1": True, "true": True, "yes": True, "on": True, "": True, "0": False, "false": False, "no": False}
+
+
+class JobFilters(TypedDict):
+    """Which jobs a list is to hold: the arguments of `JobService.list`."""
+
+    states: frozenset[JobState]
+    user: str | None
+    name: str | None
+    project: str | None
+    limit: int
+    before: int | None
+
+
+class Parameters:
+    """The parameters of one request. Raises Invalid for one that is not in `known`, as each method does."""
+
+    def __init__(self, request: Request, *known: str, repeatable: frozenset[str] = frozenset()) -> None:
+        query: bytes = request.scope["query_string"]
+        self._values = bodies.form_fields(query, repeatable=repeatable)
+        bodies.known_only(self._values, known)
+
+    def many(self, name: str) -> list[str]:
+        """Every value of a repeatable parameter, commas taken apart."""
+        value = self._values.get(name, "")
+        texts = value if isinstance(value, list) else [value]
+        return [word.strip() for text in texts for word in text.split(",") if word.strip()]
+
+    def text(self, name: str) -> str | None:
+        """The value; None where it is missing or empty."""
+        return ",".join(self.many(name)) or None if name in self._values else None
+
+    def integer(self, name: str, default: int, low: int = 0, high: int = _INT64) -> int:
+        text = self.text(name)
+        if text is None:
+            return default
+        if not (text.isascii() and text.isdigit() and len(text) <= 19 and low <= int(text) <= high):
+            _refuse(name, f"wants a whole number from {low} to {high}, got {text[:40]!r}")
+        return int(text)
+
+    def seconds(self, name: str, default: float, high: float) -> float:
+        text = self.text(name)
+        if text is None:
+            return default
+        try:
+            number = values.seconds(text)
+        except values.Bad as error:
+            _refuse(name, str(error))
+        if number > high:
+            _refuse(name, f"wants {high:g} seconds or less, got {text[:40]!r}")
+        return number
+
+    def flag(self, name: str) -> bool:
+        """Whether it is there and not said to be off."""
+        if name not in self._values:
+            return False
+        word = (self.text(name) or "").lower()
+        if word not in _WORDS:
+            _refuse(name, f"wants 1 or 0, got {word[:40]!r}")
+        return _WORDS[word]
+
+
+def job_filters(request: Request, default_limit: int = _LIST_DEFAULT) -> JobFilters:
+    """The filters of a list of jobs."""
+    known = ("state", "user", "name", "project", "limit", "before")
+    asked = Parameters(request, *known, repeatable=frozenset({"state"}))
+    states = set(asked.many("state"))
+    if unknown := sorted(states - set(JobState)):
+        _refuse("state", f"{unknown[0][:40]!r} is no state; known: {', '.join(JobState)}")
+    return {
+        "states": frozenset(JobState(state) for state in states),
+        "user": asked.text("user"),
+        "name": asked.text("name"),
+        "project": asked.text("project"),
+        "limit": asked.integer("limit", default_limit, 1, LIST_MAX),
+        "before": asked.integer("before", 0) or None,
+    }
+
+
+def _refuse(name: str, message: str) -> NoReturn:
+    raise Invalid(f"{name}: {message}", (FieldError(name, message),))

@@ -1,0 +1,346 @@
+"""The local executor through its contract: start, watch, stop, adopt, clean up; and that it touches nobody else's."""
+
+import fcntl
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from mlbox.scheduler.executors import processes
+from mlbox.scheduler.executors.base import CouldNotStart, Executor, Liveness, Stopped
+from mlbox.scheduler.executors.local import LocalExecutor
+from tests.scheduler.attempts import Attempt, runs, wait_until
+
+HIDER = """
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.execve("/bin/sh", ["sh", "-c", "trap '' TERM HUP; echo $$ > hidden; while :; do sleep 0.05; done"], {})
+    os._exit(0)
+time.sleep(60)
+"""
+"""A job with a daemon that has left its session and forgotten its environment."""
+
+
+def restarted(attempt: Attempt) -> LocalExecutor:
+    """The executor of a daemon that knows of the attempt only what its folder says."""
+    attempt.executor = LocalExecutor(cgroups=attempt.observe().started.cgroup is not None)
+    return attempt.executor
+
+
+def readable(fd: int, timeout_s: float) -> bool:
+    return bool(select.select([fd], [], [], timeout_s)[0])
+
+
+def test_it_fulfils_the_contract_of_executors(executor):
+    contract: Executor = executor
+    assert contract is executor
+
+
+class TestTheLifeOfAnAttempt:
+    def test_it_is_not_started_then_alive_then_ended(self, attempt):
+        assert attempt.observe().liveness is Liveness.NOT_STARTED
+        attempt.shell("while [ ! -e go ]; do sleep 0.01; done; exit 3")
+        assert attempt.observe().liveness is Liveness.ALIVE  # before the shim took its lock, too
+        attempt.wait_started()
+        observed = attempt.observe()
+        assert (observed.liveness, observed.exit, observed.same_boot) == (Liveness.ALIVE, None, True)
+        (attempt.work / "go").touch()
+        observed = attempt.wait_liveness(Liveness.ENDED)
+        assert observed.exit.exit_code == 3
+        assert observed.started.pid > 0
+
+    def test_the_end_is_told_by_a_descriptor(self, attempt):
+        attempt.shell("while [ ! -e go ]; do sleep 0.01; done")
+        end = attempt.executor.end_fd(attempt.folder)
+        attempt.wait_started()
+        assert not readable(end, 0.05)
+        (attempt.work / "go").touch()
+        assert readable(end, 20)
+        os.close(end)
+        assert attempt.observe().liveness is Liveness.ENDED
+
+    def test_no_descriptor_for_what_is_not_alive(self, attempt):
+        assert attempt.executor.end_fd(attempt.folder) is None
+        attempt.run("/bin/true")
+        assert attempt.executor.end_fd(attempt.folder) is None
+
+    def test_an_ended_shim_leaves_no_zombie(self, attempt):
+        attempt.run("/bin/true")
+        with pytest.raises(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)
+
+    def test_a_folder_that_is_not_there_could_not_start(self, attempt):
+        launch = attempt.launch("/bin/true")
+        attempt.work.rmdir()
+        attempt.folder.rmdir()
+        with pytest.raises(CouldNotStart, match="mlbox-job-12-1: cannot start a shim"):
+            attempt.executor.start(launch)
+
+    def test_a_key_that_is_not_in_the_environment_is_refused(self, attempt):
+        with pytest.raises(ValueError, match="MLBOX_ATTEMPT_KEY"):
+            attempt.start("/bin/true", env={"MLBOX_ATTEMPT_KEY": "another"})
+
+    def test_starting_twice_runs_user_code_once(self, attempt):
+        attempt.shell("echo x >> runs; while [ ! -e go ]; do sleep 0.01; done")
+        attempt.shell("echo y >> runs")
+        wait_until((attempt.work / "runs").exists)
+        restarted(attempt).start(attempt.launch("/bin/sh", "-c", "echo z >> runs"))
+        wait_until(lambda: attempt.observe().started and len(attempt.shims()) == 1)
+        assert attempt.observe().liveness is Liveness.ALIVE
+        (attempt.work / "go").touch()
+        attempt.wait_end()
+        attempt.start("/bin/sh", "-c", "echo again >> runs")
+        attempt.wait_end()
+        assert (attempt.work / "runs").read_text() == "x\n"
+
+    def test_two_daemons_that_start_one_attempt_run_it_once(self, attempt, tmp_path):
+        other = LocalExecutor()
+        launch = attempt.launch("/bin/sh", "-c", "echo x >> runs")
+        starts = [threading.Thread(target=x.start, args=(launch,)) for x in (attempt.executor, other)]
+        for start in starts:
+            start.start()
+        for start in starts:
+            start.join()
+        wait_until(lambda: other.observe(attempt.folder).liveness is Liveness.ENDED)
+        attempt.wait_end()
+        assert (attempt.work / "runs").read_text() == "x\n"
+
+
+class TestAfterARestart:
+    def test_a_running_attempt_is_adopted(self, attempt):
+        attempt.shell("echo on > begun; while [ ! -e go ]; do sleep 0.01; done; exit 4")
+        attempt.wait_for("begun")
+        executor = restarted(attempt)
+        assert attempt.observe().liveness is Liveness.ALIVE
+        end = executor.end_fd(attempt.folder)
+        assert not readable(end, 0)
+        (attempt.work / "go").touch()
+        assert readable(end, 20)
+        os.close(end)
+        assert attempt.wait_end().exit_code == 4
+
+    def test_an_adopted_attempt_can_be_stopped(self, attempt):
+        attempt.shell("echo on > begun; sleep 60")
+        attempt.wait_for("begun")
+        restarted(attempt).stop(attempt.folder)
+        assert attempt.wait_end().stopped is Stopped.CANCEL
+
+    def test_a_job_outlives_the_daemon(self, attempt):
+        """A daemon of its own starts the job and is killed with its whole process group."""
+        program = f"""
+import sys, os, signal
+from pathlib import Path
+from mlbox.scheduler.executors.base import Launch
+from mlbox.scheduler.executors.local import LocalExecutor
+LocalExecutor().start(Launch(handle="mlbox-job-12-1", key={attempt.key!r}, folder=Path({str(attempt.folder)!r}),
+    argv=("/bin/sh", "-c", "echo on > begun; while [ ! -e go ]; do sleep 0.01; done; exit 8"),
+    cwd=Path({str(attempt.work)!r}), env={{"PATH": "/bin", "MLBOX_ATTEMPT_KEY": {attempt.key!r}}}))
+while not Path({str(attempt.work / "begun")!r}).exists(): pass
+os.killpg(0, signal.SIGKILL)
+"""
+        attempt.work.mkdir()
+        daemon = subprocess.run([sys.executable, "-c", program], process_group=0)
+        assert daemon.returncode == -signal.SIGKILL
+        assert attempt.observe().liveness is Liveness.ALIVE
+        (attempt.work / "go").touch()
+        assert attempt.wait_end().exit_code == 8
+
+    def test_another_boot_is_told(self, attempt, tmp_path, monkeypatch):
+        attempt.run("/bin/true")
+        assert attempt.observe().same_boot
+        (tmp_path / "boot_id").write_text("another-boot\n")
+        monkeypatch.setenv("MLBOX_BOOT_ID_PATH", str(tmp_path / "boot_id"))
+        assert not attempt.observe().same_boot
+
+    def test_a_recycled_pid_is_not_taken_for_the_shim(self, attempt):
+        bystander = subprocess.Popen(["/bin/sleep", "60"])
+        try:
+            lock = attempt.folder / "lock"
+            ticks = processes.find(bystander.pid).ticks
+            lock.write_text(f"{bystander.pid} {ticks - 1}\n")
+            with lock.open() as held:
+                fcntl.flock(held, fcntl.LOCK_EX)
+                assert attempt.observe().liveness is Liveness.ALIVE
+                assert attempt.executor.end_fd(attempt.folder) is None
+                attempt.executor.stop(attempt.folder, kill=True)
+            lock.write_text(f"{bystander.pid} {ticks}\n")  # the very process, but it holds no lock
+            attempt.executor.stop(attempt.folder, kill=True)
+            assert bystander.poll() is None
+        finally:
+            bystander.kill()
+            bystander.wait()
+
+    def test_a_record_that_no_shim_wrote_counts_as_missing(self, attempt, caplog):
+        attempt.run("/bin/true")
+        (attempt.folder / "exit.json").write_text('{"exit_code": "zero"}')
+        assert attempt.observe().liveness is Liveness.VANISHED
+        assert "exit.json: not a record" in caplog.text
+
+
+class TestAfterTheShimWasKilled:
+    def kill_shim(self, attempt: Attempt) -> None:
+        os.kill(attempt.observe().started.shim_pid, signal.SIGKILL)
+        attempt.wait_liveness(Liveness.VANISHED)
+
+    def test_all_that_is_left_is_found_and_killed(self, attempt):
+        attempt.python(HIDER)
+        hidden = int(attempt.wait_for("hidden"))
+        main = attempt.observe().started.pid
+        assert {main, hidden} <= attempt.processes()
+        self.kill_shim(attempt)
+        left = attempt.processes()
+        assert main in left
+        if attempt.observe().started.cgroup is not None:
+            assert hidden in left
+        attempt.kill_remains()
+        assert not runs(main)
+        cgroup = attempt.observe().started.cgroup
+        if cgroup is None:
+            os.kill(hidden, signal.SIGKILL)  # without a cgroup nothing says any more whose it was
+        else:
+            assert not runs(hidden)
+            assert not Path(cgroup).exists()
+
+    def test_a_daemon_of_the_job_is_known_by_its_environment(self, attempt):
+        attempt.shell("setsid sh -c 'sleep 61 & echo $! > stray; wait' & echo on > begun; sleep 60")
+        stray = int(attempt.wait_for("stray"))
+        self.kill_shim(attempt)
+        os.kill(attempt.observe().started.pid, signal.SIGKILL)
+        assert stray in wait_until(attempt.processes)
+        attempt.kill_remains()
+        assert not runs(stray)
+
+    def test_nobody_else_is_killed(self, new_attempt):
+        doomed, other = new_attempt(), new_attempt()
+        for attempt in (doomed, other):
+            attempt.shell("echo on > begun; sleep 60")
+            attempt.wait_for("begun")
+        key = f"{doomed.key}0"  # begins like the other's
+        bystander = subprocess.Popen(["/bin/sleep", "60"], env={"MLBOX_ATTEMPT_KEY": key, "A": doomed.key})
+        try:
+            self.kill_shim(doomed)
+            doomed.kill_remains()
+            assert bystander.poll() is None
+            assert other.observe().liveness is Liveness.ALIVE
+            assert len(other.processes()) == 2
+        finally:
+            bystander.kill()
+            bystander.wait()
+
+    def test_whoever_is_in_a_group_with_a_stray_is_spared(self, attempt):
+        attempt.shell("echo on > begun; sleep 60")
+        attempt.wait_for("begun")
+        env = {"MLBOX_ATTEMPT_KEY": attempt.key}
+        stray = subprocess.Popen(["/bin/sleep", "60"], env=env, process_group=0)
+        bystander = subprocess.Popen(["/bin/sleep", "60"], process_group=stray.pid)
+        try:
+            self.kill_shim(attempt)
+            attempt.kill_remains()
+            assert stray.wait(20) == -signal.SIGKILL
+            assert bystander.poll() is None
+        finally:
+            for process in (stray, bystander):
+                process.kill()
+                process.wait()
+
+    def test_a_living_attempt_is_not_killed(self, attempt):
+        attempt.shell("echo on > begun; sleep 60")
+        attempt.wait_for("begun")
+        assert attempt.executor.kill_remains(attempt.folder, attempt.key) == attempt.processes()
+        assert attempt.observe().liveness is Liveness.ALIVE
+
+    def test_many_kills_at_random_moments_never_lose_or_repeat_a_job(self, new_attempt):
+        """Each row of the recovery table that a killed shim can lead to, and nothing else."""
+        seen = {self.kill_at(new_attempt(), step * 0.0006) for step in range(40)}  # over the 20 ms that all takes
+        assert Liveness.NOT_STARTED in seen
+
+    def kill_at(self, attempt: Attempt, delay_s: float) -> Liveness:
+        attempt.shell("echo x >> runs")
+        time.sleep(delay_s)
+        end = attempt.executor.end_fd(attempt.folder)
+        if end is not None:
+            signal.pidfd_send_signal(end, signal.SIGKILL)
+            os.close(end)
+        liveness = wait_until(lambda: (x := attempt.observe().liveness) is not Liveness.ALIVE and x)
+        runs = attempt.work / "runs"
+        if liveness is Liveness.NOT_STARTED:
+            assert not runs.exists()
+            assert attempt.shell("echo x >> runs").wait_end().exit_code == 0
+        elif liveness is Liveness.VANISHED:
+            attempt.kill_remains()
+        else:
+            assert attempt.observe().exit.exit_code == 0
+        assert not runs.exists() or runs.read_text() == "x\n"
+        return liveness
+
+
+class TestProcesses:
+    def test_all_processes_of_a_living_attempt_are_told(self, attempt):
+        attempt.shell("sleep 61 & sleep 62 & echo on > begun; wait")
+        attempt.wait_for("begun")
+        found = wait_until(lambda: len(attempt.processes()) == 3 and attempt.processes())
+        assert attempt.observe().started.pid in found
+        assert attempt.observe().started.shim_pid not in found
+        assert os.getpid() not in found
+
+    def test_none_are_told_of_an_ended_one(self, attempt):
+        attempt.run("/bin/true")
+        assert attempt.processes() == frozenset()
+        assert attempt.executor.kill_remains(attempt.folder, attempt.key) == frozenset()
+
+
+class TestCode:
+    def test_code_is_unpacked_into_the_folder_first(self, attempt, archive):
+        ended = attempt.start(
+            "./run.sh", code=archive({"run.sh": b"#!/bin/sh\ncat data/x\n", "data/x": b"42"})
+        ).wait_end()
+        assert (ended.exit_code, attempt.log()) == (0, b"42")
+
+    def test_a_bad_archive_is_an_error_in_words(self, attempt, archive):
+        ended = attempt.start("./run.sh", code=archive({"../run.sh": b""})).wait_end()
+        assert "code archive was refused: '../run.sh' is not a plain name" in ended.error
+        assert list(attempt.work.iterdir()) == []
+
+    def test_a_missing_archive_is_an_error_in_words(self, attempt):
+        ended = attempt.start("./run.sh", code=attempt.folder / "none.tar").wait_end()
+        assert "none.tar: No such file" in ended.error or "No such file" in ended.error
+
+    def test_what_the_first_launch_left_of_the_code_is_replaced(self, attempt, archive):
+        code = archive({"run.sh": b"#!/bin/sh\ncat x\n", "x": b"whole"})
+        in_the_way = attempt.folder / "started.json.tmp"
+        in_the_way.mkdir()
+        attempt.start("./run.sh", code=code)
+        wait_until((attempt.work / "x").exists)
+        end = attempt.executor.end_fd(attempt.folder)
+        signal.pidfd_send_signal(end, signal.SIGKILL)
+        os.close(end)
+        attempt.wait_liveness(Liveness.NOT_STARTED)
+        (attempt.work / "x").write_bytes(b"")  # as a power cut leaves a file that nobody synced
+        in_the_way.rmdir()
+        attempt.start("./run.sh", code=code).wait_end()
+        assert attempt.log() == b"whole"
+
+    def test_what_an_earlier_attempt_worked_on_is_left_alone(self, attempt, archive):
+        attempt.work.mkdir()
+        (attempt.work / "checkpoint").write_text("epoch 7")
+        attempt.start("/bin/cat", "checkpoint", code=archive({"checkpoint": b"none"})).wait_end()
+        assert attempt.log() == b"epoch 7"
+
+    def test_a_cancel_while_code_is_unpacked_leaves_nothing_of_it(self, attempt, archive):
+        fifo = attempt.folder / "code.tar"
+        os.mkfifo(fifo)
+        attempt.start("./run.sh", code=fifo)
+        wait_until((attempt.folder / ".work.unpacking").exists)
+        attempt.executor.stop(attempt.folder)
+        ended = attempt.wait_end()
+        assert (ended.stopped, ended.started_at) == (Stopped.CANCEL, None)
+        assert "unpacked" in ended.error
+        assert not (attempt.folder / ".work.unpacking").exists()
