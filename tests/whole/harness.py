@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -28,6 +29,12 @@ def eventually(what: str, probe: Callable[[], T], patience_s: float = PATIENCE_S
         if time.monotonic() > until:
             raise AssertionError(f"did not happen within {patience_s:g} s: {what}")
         time.sleep(_PAUSE_S)
+
+
+def connects(path: Path) -> bool:
+    """Whether somebody listens on a Unix socket. (httpx leaks its socket when nobody does.)"""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
 
 
 class Daemon:
@@ -61,10 +68,7 @@ class Daemon:
         assert self._process is not None
         if self._process.poll() is not None:
             raise AssertionError(f"the daemon ended with {self._process.returncode}:\n{self.log()}")
-        try:
-            return self.http.get("/readyz").status_code == 200
-        except httpx.TransportError:
-            return False
+        return connects(self.state / "mlbox.sock") and self.http.get("/readyz").status_code == 200
 
     @property
     def pid(self) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.whole.harness import Daemon, eventually
+from tests.whole.harness import Daemon, connects, eventually
 
 pytestmark = pytest.mark.slow
 
@@ -37,6 +37,9 @@ class Submitter(threading.Thread):
                 sleep = random.choice(("0", "0.05", "0.2"))
                 command = f"echo $MLBOX_JOB_ID-$MLBOX_ATTEMPT >> {self._runs}; sleep {sleep}; echo line"
                 while not self._enough.is_set():
+                    if not connects(self._daemon.state / "mlbox.sock"):
+                        time.sleep(0.01)
+                        continue
                     try:
                         answer = http.post(
                             "/api/jobs", json={"command": command}, headers={"Idempotency-Key": f"submit-{number}"}
