@@ -170,13 +170,14 @@ class _Daemon:
             out_folder=folders.out,
             served=lambda: supervisor.served if supervisor else None,
         )
+        logs = LogBoard()
         doors = Doors(
             config=config,
             database=database,
             events=events,
             jobs=jobs,
             gpus=gpus,
-            logs=LogBoard(),
+            logs=logs,
             deployments=deployments,
             credentials=credentials,
             endpoints=lambda: self._endpoints,
@@ -199,6 +200,7 @@ class _Daemon:
             await gpus.wait_first(_FIRST_SAMPLE_S)
             await loop.recover()
             tasks.append(_spawn(group, "scheduler", loop.run))
+            tasks.append(_spawn(group, "logs", logs.run))
             tasks.append(_spawn(group, "deployments", deployments.run))
             tasks.append(_spawn(group, "credentials", credentials.run))
             if supervisor:

@@ -78,7 +78,7 @@ def well_formed(token: str) -> bool:
 
 def digest(token: str) -> str:
     """SHA-256 in hex: what is stored of a token. Its 256 random bits need no slow hash (ASVS 5.0, 6.5.2)."""
-    return hashlib.sha256(token.encode()).hexdigest()
+    return hashlib.sha256(token.encode(errors="surrogatepass")).hexdigest()
 
 
 def _base62(number: int, length: int) -> str:

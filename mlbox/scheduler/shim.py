@@ -48,7 +48,9 @@ LOG_SEGMENTS = 16
 RETRY_S = 0.1
 """How long a log that could not be written is left alone."""
 KILL_AGAIN_S = 0.02
-"""First pause before killing again what outlived a KILL (a fork won the race, or the kernel holds it); it doubles."""
+"""First pause before killing again what outlived a KILL; it doubles."""
+KILL_ROUNDS = 1000
+"""How often in a row new children are killed before signals and output are looked at again."""
 PR_SET_CHILD_SUBREAPER = 36
 SYS_CLONE3 = 435
 CLONE_INTO_CGROUP = 1 << 33
@@ -177,6 +179,8 @@ class Tree:
 
     def __init__(self, cgroup: str | None) -> None:
         self.cgroup = cgroup
+        self._told: set[tuple[int, int]] = set()
+        self._killed: set[int] = set()
 
     def fork(self) -> int:
         """Fork a child into the cgroup: its pid, and 0 in the child. Raises OSError.
@@ -196,32 +200,41 @@ class Tree:
         return pid
 
     def terminate(self) -> None:
-        """CONT and TERM to every process, so that a stopped one hears it too."""
+        """TERM to every process that has not had one, and CONT, so that a stopped one hears it too.
+
+        Once only: to many programs a second TERM means that they shall not finish what they are saving.
+        """
         for pid, ticks, _ in _descendants():
-            _signal_process(pid, ticks, signal.SIGTERM, signal.SIGCONT)
+            if (pid, ticks) not in self._told:
+                self._told.add((pid, ticks))
+                _signal_process(pid, ticks, signal.SIGTERM, signal.SIGCONT)
 
     def kill(self) -> None:
-        """KILL every process, in passes until one finds nothing new: a fork may win against one pass.
-
-        By process group, because only that is atomic against fork(2) (a fork bomb is one group, most of the time).
-        A group of a descendant has no other members: the job began a session of its own.
-        """
+        """KILL every process that is there now. What a fork got away in time becomes a child of ours in the end."""
         if self.cgroup:
             _put(f"{self.cgroup}/cgroup.kill", "1")
-        seen: set[tuple[int, int]] = set()
-        ours = os.getpgrp()
-        while True:
-            found = {(pid, ticks): group for pid, ticks, group in _descendants()}
-            if found.keys() <= seen:
-                return
-            seen.update(found)
-            groups = set(found.values())
-            for (pid, ticks), group in found.items():
-                if group == ours:
-                    _signal_process(pid, ticks, signal.SIGKILL)
-                elif group in groups and _ticks(pid) == ticks:
-                    groups.discard(group)
-                    _kill_group(group)
+        for pid, ticks, _ in _descendants():
+            _signal_process(pid, ticks, signal.SIGKILL)
+
+    def kill_children(self) -> bool:
+        """KILL the shim's own children, each with its process group; False when there are no new ones.
+
+        The way to end a fork bomb: its orphans are our children at once, nobody can get a child's pid until we have
+        reaped it, and killing a group is atomic against fork(2). A group that one of them is in has no strangers
+        in it, because the job began a session of its own.
+        """
+        children = _children()
+        new = children - self._killed
+        for pid in new:
+            try:
+                group = os.getpgid(pid)
+                os.kill(pid, signal.SIGKILL)
+                if group != os.getpgrp():
+                    os.killpg(group, signal.SIGKILL)
+            except OSError:
+                pass  # it has become another user's (setuid)
+        self._killed = children
+        return bool(new)
 
     def populated(self) -> bool:
         """Whether anything lives in the cgroup (it may hold processes that are nobody's descendants)."""
@@ -330,9 +343,19 @@ class Supervisor:
         if now >= self._limit_at:
             self._stop("time_limit")
         if now >= self._kill_at or childless:
-            self._tree.kill()
-            self._kill_at = now + self._kill_pause
-            self._kill_pause = min(1.0, 2 * self._kill_pause)
+            self._kill()
+
+    def _kill(self) -> None:
+        """KILL all that is left, and again in a moment what outlives that: the kernel may hold it."""
+        self._tree.kill()
+        for _ in range(KILL_ROUNDS):
+            if not self._tree.kill_children():
+                break
+            self._kill_pause = KILL_AGAIN_S
+            if self._reap():
+                break
+        self._kill_at = time.monotonic() + self._kill_pause
+        self._kill_pause = min(1.0, 2 * self._kill_pause)
 
     def _start(self, now: float) -> None:
         """Write `started.json` and let the job exec. A full disk delays it."""
@@ -386,9 +409,10 @@ class Supervisor:
                 main_ended = True
                 self._status = status
                 self._limit_at = float("inf")
-        if main_ended and self._stopped is None:
+        if main_ended:
             self._tree.terminate()
-            self._kill_at = time.monotonic() + min(self._launch.grace_s, LEFTOVER_GRACE_S)
+            if self._stopped is None:
+                self._kill_at = time.monotonic() + min(self._launch.grace_s, LEFTOVER_GRACE_S)
         return False
 
     def _drain(self) -> None:
@@ -494,7 +518,7 @@ def _ignore(*_: object) -> None:
 
 
 def _take_lock() -> bool:
-    """Take the attempt's lock for the life of this process, and write into it who holds it."""
+    """Take the attempt's lock for the life of this process and write into it who holds it. Raises OSError."""
     lock = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     patience_until = time.monotonic() + LOCK_PATIENCE_S
     while True:
@@ -505,12 +529,8 @@ def _take_lock() -> bool:
             if time.monotonic() > patience_until:
                 return False
             time.sleep(0.005)
-    holder = f"{os.getpid()} {_ticks(os.getpid())}\n".encode()
-    try:
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, holder, 0)
-    except OSError:
-        pass  # a full disk: the daemon that started this shim knows it as its child
+    os.ftruncate(lock, 0)
+    os.write(lock, f"{os.getpid()} {_ticks(os.getpid())}\n".encode())
     return True
 
 
@@ -664,16 +684,25 @@ def _remove_cgroup(path: str) -> None:
 
 
 def _descendants() -> "Iterator[tuple[int, int, int]]":
-    """Pid, start time in clock ticks, and process group of everything below this process (proc_pid_stat(5))."""
+    """Pid, start time in clock ticks, and parent of everything below this process (proc_pid_stat(5))."""
     children: dict[int, list[tuple[int, int, int]]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit() and (fields := _stat(int(name))):
-            children.setdefault(int(fields[1]), []).append((int(name), int(fields[19]), int(fields[2])))
+            children.setdefault(int(fields[1]), []).append((int(name), int(fields[19]), int(fields[1])))
     parents = [os.getpid()]
     while parents:
         for process in children.get(parents.pop(), ()):
             parents.append(process[0])
             yield process
+
+
+def _children() -> set[int]:
+    """The pids of this process's children."""
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children", "rb", buffering=0) as file:
+            return set(map(int, file.read().split()))
+    except OSError:  # a kernel without CONFIG_PROC_CHILDREN
+        return {pid for pid, _, parent in _descendants() if parent == os.getpid()}
 
 
 def _stat(pid: int) -> list[bytes]:
@@ -704,13 +733,6 @@ def _signal_process(pid: int, ticks: int, *numbers: int) -> None:
         pass  # gone, or not ours to signal (setuid)
     finally:
         os.close(process)
-
-
-def _kill_group(group: int) -> None:
-    try:
-        os.killpg(group, signal.SIGKILL)
-    except OSError:
-        pass
 
 
 def _read_json(name: str) -> "dict[str, Any]":

@@ -5,40 +5,44 @@ folder appears whole by one rename, so the inference server never sees half of i
 """
 
 import asyncio
-import hashlib
 import logging
 import os
-import shutil
-import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import ParamSpec, TypeVar
 
 from mlbox.database import Database
 from mlbox.errors import Conflict, Denied, Invalid, NotFound, Unavailable
 from mlbox.events import JOBS, MODELS, Events
 from mlbox.identity import Identity, Scope
 from mlbox.jobs import Job
-from mlbox.scheduler.submission import NAME
+from mlbox.scheduler.values import Bad, text
 from mlbox.serving import queries
 from mlbox.serving.client import ServedVersion
-from mlbox.serving.queries import Candidate, VersionRecord
+from mlbox.serving.install import Source, discard, install, installed
+from mlbox.serving.queries import VersionRecord
+from mlbox.serving.repository import VERSION_MAX, Repository, check_name, scan, version_numbers
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-_COPY_BYTES = 1 << 20
 _REPAIR_S = 30.0
-_EXTERNAL = (".data", "_data")
-"""How exporters name external data beside `name.onnx` (torch: `.data`, onnx: `_data`); the model refers to it so."""
+"""How often what could not be deployed is tried again, and a lost hint made up for."""
+_PAUSE_S = 0.2
+"""At least so long between two looks at ended jobs: a thousand of them a second must not keep us busy."""
+_UPLOAD = "(upload)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VersionInfo:
     """A version as users see it.
 
-    `state` is the server's word (READY, LOADING, UNAVAILABLE ...), or `waiting`, `failed` for what never reached it,
-    or `stopped` while the server does not run.
+    `state` is the server's word (READY, LOADING, UNAVAILABLE ...); or `waiting`, `failed` or `removed` for what the
+    server does not have; or `stopped` while it does not run.
     """
 
     version: int
@@ -68,7 +72,10 @@ class ModelInfo:
 
 
 class Deployments:
-    """Deploys versions and tells what is deployed. `run` is a task of its own."""
+    """Deploys versions and tells what is deployed. `run` is a task of its own.
+
+    One deployment at a time: so a wish that is found unfinished was really interrupted.
+    """
 
     def __init__(
         self,
@@ -85,95 +92,119 @@ class Deployments:
         self._models = models
         self._out_folder = out_folder
         self._served = served
+        self._turn = asyncio.Lock()
+        self._later: set[int] = set()
+        """Jobs whose model not even a wish could be noted for: looked at again with the next repair."""
 
     async def run(self) -> None:
         """Deploy what succeeded jobs left, now and whenever one ends."""
-        await asyncio.to_thread(_forget_halves, self._models)
+        repair_at = 0.0
         with self._events.subscribe(JOBS) as changes:
             while True:
                 try:
+                    if time.monotonic() >= repair_at:
+                        repair_at = time.monotonic() + _REPAIR_S
+                        await self._repair()
                     await self._carry_out()
-                except (Unavailable, OSError) as error:
+                except Unavailable as error:
                     log.warning("deploying did not work now and is tried again: %s", error)
+                await asyncio.sleep(_PAUSE_S)
                 await changes.take(_REPAIR_S)
 
     async def models(self) -> list[ModelInfo]:
-        """Every model that is in the folder, recorded or served, by name."""
-        records = await self._database.read(queries.records)
-        present = await asyncio.to_thread(_present, self._models)
+        """Every model that is in the folder, recorded or served, by name. Raises Unavailable."""
+        present = (await _on_disk(_scan, self._models)).models
+        records: dict[str, dict[int, VersionRecord]] = {}
+        for record in await self._database.read(queries.records):
+            records.setdefault(record.model, {})[record.version] = record
         served = self._served()
-        names = {record.model for record in records} | present.keys() | {row.name for row in served or ()}
+        rows: dict[str, dict[int | None, ServedVersion]] = {}
+        for row in served or ():
+            rows.setdefault(row.name, {})[row.version] = row
         return [
-            _model(name, present.get(name, frozenset()), [r for r in records if r.model == name], served)
-            for name in sorted(names)
+            _model(name, present.get(name, frozenset()), records.get(name, {}), rows.get(name, {}), served is not None)
+            for name in sorted(records.keys() | present.keys() | rows.keys())
         ]
 
     async def model(self, name: str) -> ModelInfo:
-        """One model. Raises NotFound."""
+        """One model. Raises NotFound, Unavailable."""
         for model in await self.models():
             if model.name == name:
                 return model
-        raise NotFound(f"there is no model {name!r}: deploy one with PUT /api/models/{name[:64]}/versions/next")
+        raise NotFound(f"there is no model {name[:64]!r}: deploy one with PUT /api/models/NAME/versions/next")
 
     async def deploy_file(self, who: Identity, name: str, version: int | None, upload: Path) -> VersionInfo:
-        """Deploy a staged upload as `version` (None: the next). The upload is moved away.
+        """Deploy a copy of a staged upload as `version` (None: the next).
 
         Raises Denied, Invalid, Conflict, Unavailable.
         """
         _check(who, name, version)
-        record = await self._wish(who.user, name, version, job_id=None, path="(upload)")
-        return await self._fulfil(record, {"model.onnx": upload})
+        async with self._turn:
+            record = await self._wish(who.user, name, version, job_id=None, path=_UPLOAD)
+            return await self._fulfil(record, Source(upload.parent, PurePath(upload.name)))
 
     async def deploy_job(self, who: Identity, name: str, version: int | None, job: Job, path: str) -> VersionInfo:
         """Deploy a file that `job` left in its artifacts. Raises Denied, Invalid, NotFound, Conflict, Unavailable."""
         _check(who, name, version)
-        if not path or path.startswith("/") or ".." in Path(path).parts:
-            raise Invalid(f"{path!r} is not a path within the artifacts of job {job.id}")
-        source = self._out_folder(job.id) / path
-        if not await asyncio.to_thread(source.is_file):
-            raise NotFound(f"job {job.id} left no file {path!r}: see GET /api/jobs/{job.id}/artifacts")
-        record = await self._wish(who.user, name, version, job_id=job.id, path=path)
-        return await self._fulfil(record, _with_external_data(source))
+        try:
+            relative = PurePath(text(4095)(path))
+        except Bad as error:
+            raise Invalid(f"the path {error}") from None
+        if relative.is_absolute() or not relative.parts or ".." in relative.parts:
+            raise Invalid(f"{path[:80]!r} is not a path within the artifacts of job {job.id}")
+        if not await asyncio.to_thread(os.path.isfile, self._out_folder(job.id) / relative):
+            raise NotFound(f"job {job.id} left no file {path[:80]!r}: see GET /api/jobs/{job.id}/artifacts")
+        async with self._turn:
+            record = await self._wish(who.user, name, version, job_id=job.id, path=str(relative))
+            return await self._fulfil(record, self._source(job.id, record))
+
+    async def _repair(self) -> None:
+        """Fulfil what a crash, or the box's own trouble, interrupted."""
+        self._later.clear()
+        async with self._turn:
+            for record in await self._database.read(queries.unfinished):
+                sha256 = await _on_disk(installed, self._models, record.model, record.version)
+                if sha256 is not None:
+                    await self._deployed(record, sha256)
+                elif record.job_id is not None:
+                    await self._deploy_own(record, record.job_id)
+                else:
+                    await _on_disk(discard, self._models, record.model, record.version)
+                    await self._failed(record, "the upload was interrupted before it was in place: upload it again")
 
     async def _carry_out(self) -> None:
-        """Fulfil what a crash interrupted, then deploy the models of newly succeeded jobs."""
-        for record in await self._database.read(queries.unfinished):
-            if record.job_id is None:
-                cause = "the upload was lost when mlbox stopped in the middle of it: upload it again"
-                await self._database.write(queries.failed, record.id, cause, now=time.time())
-            else:
-                await self._deploy_own(record)
-        for candidate in await self._database.read(queries.candidates):
-            await self._deploy_candidate(candidate)
+        """Deploy the models of jobs that succeeded."""
+        async with self._turn:
+            for job in await self._database.read(queries.candidates):
+                if job.job_id in self._later:
+                    continue
+                try:
+                    record = await self._wish(job.user, job.model, None, job_id=job.job_id, path=None)
+                except (Conflict, Unavailable) as error:
+                    log.warning("job %d: its model cannot be deployed now: %s", job.job_id, error)
+                    self._later.add(job.job_id)
+                else:
+                    await self._deploy_own(record, job.job_id)
 
-    async def _deploy_candidate(self, candidate: Candidate) -> None:
-        above = await asyncio.to_thread(_highest, self._models / candidate.model)
-        record = await self._database.write(
-            queries.request,
-            model=candidate.model,
-            version=None,
-            above=above,
-            job_id=candidate.job_id,
-            path=None,
-            user=candidate.user,
-            now=time.time(),
-        )
-        if record is not None:
-            await self._deploy_own(record)
-
-    async def _deploy_own(self, record: VersionRecord) -> None:
-        """Deploy what a job left; what is wrong with it is recorded, for nobody waits for the answer."""
-        out = self._out_folder(record.job_id or 0)
-        source = out / (record.path or f"{record.model}.onnx")
+    async def _deploy_own(self, record: VersionRecord, job_id: int) -> None:
+        """Deploy what a job left; nobody waits for the answer, so what is wrong stands in the record and the log."""
         try:
-            await self._fulfil(record, _with_external_data(source))
+            await self._fulfil(record, self._source(job_id, record))
         except (Invalid, Conflict) as error:
             log.warning("model %s: version %d not deployed: %s", record.model, record.version, error)
+        except Unavailable as error:
+            log.warning("model %s: version %d is tried again: %s", record.model, record.version, error)
 
-    async def _wish(self, user: str, name: str, version: int | None, *, job_id: int | None, path: str) -> VersionRecord:
-        present = await asyncio.to_thread(_numbers, self._models / name)
+    def _source(self, job_id: int, record: VersionRecord) -> Source:
+        return Source(self._out_folder(job_id), PurePath(record.path or f"{record.model}.onnx"))
+
+    async def _wish(
+        self, user: str, name: str, version: int | None, *, job_id: int | None, path: str | None
+    ) -> VersionRecord:
+        """Note that a version is to be deployed, before anything is done about it. Raises Conflict, Unavailable."""
+        present = await _on_disk(version_numbers, self._models / name)
         record = None
-        if version is None or version not in present:
+        if version not in present and (version is not None or max(present, default=0) < VERSION_MAX):
             record = await self._database.write(
                 queries.request,
                 model=name,
@@ -185,19 +216,27 @@ class Deployments:
                 now=time.time(),
             )
         if record is None:
-            raise Conflict(f"model {name!r} has a version {version} already: deploy it as 'next'")
+            wanted = f"version {version}" if version else "the highest version there can be"
+            raise Conflict(f"{wanted} of model {name!r} is taken, and none is used twice: deploy it as 'next'")
         return record
 
-    async def _fulfil(self, record: VersionRecord, files: dict[str, Path]) -> VersionInfo:
-        """Copy `files` into the version's folder. Raises Invalid or Conflict, then also recorded."""
+    async def _fulfil(self, record: VersionRecord, source: Source) -> VersionInfo:
+        """Put the version in place. Raises Invalid, Conflict, Unavailable.
+
+        A job's own model that the box cannot take now stays a wish and is tried again; whoever asked by hand is told.
+        """
         try:
-            sha256 = await asyncio.to_thread(_install, self._models / record.model, record.version, files)
+            sha256 = await _on_disk(install, source, self._models, record.model, record.version)
         except (Invalid, Conflict) as error:
-            await self._database.write(queries.failed, record.id, str(error), now=time.time())
-            self._events.publish(MODELS)
+            await self._failed(record, str(error))
             raise
-        except OSError as error:
-            raise Unavailable(f"model {record.model!r} cannot be written now: {error.strerror or error}") from error
+        except Unavailable as error:
+            if record.path is not None:
+                await self._failed(record, str(error))
+            raise
+        return await self._deployed(record, sha256)
+
+    async def _deployed(self, record: VersionRecord, sha256: str) -> VersionInfo:
         now = time.time()
         await self._database.write(queries.deployed, record.id, sha256, now=now)
         origin = f" from job {record.job_id}" if record.job_id else ""
@@ -213,115 +252,45 @@ class Deployments:
             deployed_at=now,
         )
 
+    async def _failed(self, record: VersionRecord, cause: str) -> None:
+        await self._database.write(queries.failed, record.id, cause, now=time.time())
+        self._events.publish(MODELS)
+
 
 def _check(who: Identity, name: str, version: int | None) -> None:
     if not who.may(Scope.DEPLOY):
         raise Denied("deploying a model needs the scope 'deploy'")
-    if NAME.fullmatch(name) is None or name.startswith(".") or name == "stats":
-        raise Invalid(f"a model cannot be called {name[:80]!r}: 1 to 64 of letters, digits, '.', '_' and '-'")
-    if version is not None and not 0 < version < 2**31:
+    check_name(name)
+    if version is not None and not 0 < version <= VERSION_MAX:
         raise Invalid(f"{version} cannot be a version: use 1, 2, 3 ... or 'next'")
 
 
-def _install(folder: Path, version: int, files: dict[str, Path]) -> str:
-    """Make `<folder>/<version>` with `files` in one rename; returns the SHA-256 of model.onnx. Blocking.
-
-    Done before is done: a folder with the same model in it counts as installed.
-    """
-    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-    half = folder / f".half-{os.urandom(8).hex()}"
-    half.mkdir(mode=0o755)
+async def _on_disk(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run blocking work on files. What the box cannot do now is raised as Unavailable."""
     try:
-        digests = {name: _copy(source, half / name) for name, source in files.items()}
-        target = folder / str(version)
-        if target.exists():
-            if _digest(target / "model.onnx") == digests["model.onnx"]:
-                return digests["model.onnx"]
-            raise Conflict(f"{target} is there already, with another model in it")
-        half.rename(target)
-        return digests["model.onnx"]
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
-
-
-def _copy(source: Path, target: Path) -> str:
-    """Copy a regular file through its descriptor, never through a link; returns its SHA-256. Raises Invalid."""
-    try:
-        fd = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        found = sorted(path.name for path in source.parent.iterdir()) if source.parent.is_dir() else []
-        raise Invalid(f"there is no {source.name} to deploy (found: {', '.join(found[:10]) or 'nothing'})") from None
+        return await asyncio.to_thread(function, *args, **kwargs)
     except OSError as error:
-        raise Invalid(f"{source.name} cannot be deployed: {error.strerror}") from error
-    with os.fdopen(fd, "rb") as file, target.open("xb") as copy:
-        facts = os.fstat(file.fileno())
-        if not stat.S_ISREG(facts.st_mode) or facts.st_nlink != 1:
-            raise Invalid(f"{source.name} is not a plain file of its own (a device, a folder or a second name)")
-        digest = hashlib.sha256()
-        while block := file.read(_COPY_BYTES):
-            digest.update(block)
-            copy.write(block)
-        copy.flush()
-        os.fsync(copy.fileno())
-        if copy.tell() == 0:
-            raise Invalid(f"{source.name} is empty")
-    return digest.hexdigest()
+        raise Unavailable(f"the model folder cannot be used now: {error}") from error
 
 
-def _digest(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None
-
-
-def _with_external_data(source: Path) -> dict[str, Path]:
-    beside = (source.with_name(source.name + suffix) for suffix in _EXTERNAL)
-    return {"model.onnx": source} | {path.name: path for path in beside if path.is_file()}
-
-
-def _numbers(folder: Path) -> frozenset[int]:
-    """The version numbers in a model's folder."""
-    if not folder.is_dir():
-        return frozenset()
-    return frozenset(int(entry.name) for entry in folder.iterdir() if entry.name.isascii() and entry.name.isdigit())
-
-
-def _highest(folder: Path) -> int:
-    return max(_numbers(folder), default=0)
-
-
-def _present(models: Path) -> dict[str, frozenset[int]]:
-    """The version numbers of each model in the model folder."""
-    if not models.is_dir():
-        return {}
-    return {
-        folder.name: _numbers(folder)
-        for folder in models.iterdir()
-        if NAME.fullmatch(folder.name) and not folder.name.startswith(".") and folder.is_dir()
-    }
-
-
-def _forget_halves(models: Path) -> None:
-    """Remove what a crash left of copies that never got their name."""
-    if models.is_dir():
-        for half in models.glob("*/.half-*"):
-            shutil.rmtree(half, ignore_errors=True)
+def _scan(models: Path) -> Repository:
+    return scan(models) if models.is_dir() else Repository()
 
 
 def _model(
-    name: str, present: frozenset[int], records: list[VersionRecord], served: list[ServedVersion] | None
+    name: str,
+    present: frozenset[int],
+    records: dict[int, VersionRecord],
+    rows: dict[int | None, ServedVersion],
+    running: bool,
 ) -> ModelInfo:
-    of_server = {row.version: row for row in served or () if row.name == name}
-    of_record = {record.version: record for record in reversed(records)}
-    versions = present | of_record.keys() | {version for version in of_server if version is not None}
-    general = of_server.get(None)
+    numbers = present | records.keys() | {version for version in rows if version is not None}
+    general = rows.get(None)
     return ModelInfo(
         name=name,
         versions=tuple(
-            _version(number, number in present, of_record.get(number), of_server.get(number), served is not None)
-            for number in sorted(versions, reverse=True)
+            _version(number, number in present, records.get(number), rows.get(number), running)
+            for number in sorted(numbers, reverse=True)
         ),
         reason=general.reason or None if general else None,
     )
@@ -334,6 +303,8 @@ def _version(
         state, reason = row.state, row.reason or None
     elif record is not None and record.failed_at is not None:
         state, reason = "failed", record.cause
+    elif record is not None and record.deployed_at is None:
+        state, reason = "waiting", "it is being put in place"
     elif not present:
         state, reason = "removed", "its folder is gone"
     elif running:

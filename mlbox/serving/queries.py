@@ -1,7 +1,6 @@
 """Every query about where model versions came from."""
 
 import sqlite3
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -88,17 +87,9 @@ def failed(connection: sqlite3.Connection, record_id: int, cause: str, *, now: f
     )
 
 
-def records(connection: sqlite3.Connection, models: Sequence[str] | None = None) -> list[VersionRecord]:
-    """Every recorded version of `models` (None: of all), the newest first."""
-    if models is None:
-        rows = connection.execute("SELECT * FROM model_versions ORDER BY id DESC")
-    else:
-        marks = ", ".join("?" * len(models))
-        rows = connection.execute(
-            f"SELECT * FROM model_versions WHERE model IN ({marks}) ORDER BY id DESC",  # noqa: S608
-            tuple(models),
-        )
-    return [_record(row) for row in rows]
+def records(connection: sqlite3.Connection) -> list[VersionRecord]:
+    """Every version that was ever to be deployed, the first one first."""
+    return [_record(row) for row in connection.execute("SELECT * FROM model_versions ORDER BY id")]
 
 
 def _record(row: sqlite3.Row) -> VersionRecord:

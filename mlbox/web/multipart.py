@@ -56,7 +56,7 @@ class _Parser:
         self._headers = _Headers()
         self._count = 0
         self._ended = False
-        callbacks: "MultipartCallbacks" = {
+        callbacks: MultipartCallbacks = {
             "on_part_begin": self._part_begin,
             "on_header_field": self._header_field,
             "on_header_value": self._header_value,

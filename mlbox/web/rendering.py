@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from typing import cast
 
 import jinja2
 from starlette.requests import Request
@@ -35,7 +36,8 @@ class Renderer:
             "clock": words.clock,
             "needs": words.needs,
         }
-        self._around = {"version": __version__, "ago": words.ago, "ran_for": words.ran_for}
+        everywhere = cast("dict[str, object]", self._templates.globals)  # macros see these and nothing else
+        everywhere |= {"version": __version__, "ago": words.ago, "ran_for": words.ran_for}
 
     def page(self, request: Request, template: str, values: Mapping[str, object], status: int = 200) -> Response:
         """A template as an answer; it also knows `who` asks, the `path` and `now`."""
@@ -51,5 +53,5 @@ class Renderer:
         return self._answer(scope, "error.html", {"problem": problem}, problem.status)
 
     def _answer(self, scope: Scope, template: str, values: Mapping[str, object], status: int) -> Response:
-        around = {**self._around, "who": scope.get("identity"), "path": scope["path"], "now": time.time()}
+        around = {"who": scope.get("identity"), "path": scope["path"], "now": time.time()}
         return HTMLResponse(self._templates.get_template(template).render({**around, **values}), status)

@@ -56,11 +56,13 @@ def gibibytes(mib: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """`0.4 s`, `42 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h`."""
+    """`40 ms`, `4.2 s`, `42 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h`."""
     if seconds is None:
         return "–"
+    if seconds < 0.9995:
+        return f"{max(0.0, seconds) * 1000:.0f} ms"
     if seconds < 9.95:
-        return f"{max(0.0, seconds):.1f} s"
+        return f"{seconds:.1f} s"
     left = round(seconds)
     parts: list[str] = []
     for length, unit in ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s")):
@@ -119,7 +121,7 @@ def story(job: Job, pending: Pending | None, gpu_names: Sequence[str], now: floa
     if job.state is JobState.STARTING:
         return f"Being started{where}."
     if job.state is JobState.RUNNING:
-        return f"Running{where} for {duration(ran_for(job, now))}."
+        return f"Running{where}."
     after = "" if job.started_at is None else f" after {duration(ran_for(job, now))}"
     cause = f": {job.cause}" if job.cause and job.state is not JobState.SUCCEEDED else ""
     return f"{job.state.capitalize()}{after}{cause}."

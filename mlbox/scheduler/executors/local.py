@@ -113,11 +113,8 @@ class LocalExecutor:
             if cgroup is not None:
                 processes.kill_cgroup(cgroup)
             table, members = _members(folder, key)
-            if not members:
-                if cgroup is not None:
-                    processes.remove_cgroup(cgroup)
-                return frozenset()
-            if time.monotonic() > patience_until:
+            gone = not members and (cgroup is None or processes.remove_cgroup(cgroup))
+            if gone or time.monotonic() > patience_until:
                 return frozenset(members)
             processes.kill(table, members)
             time.sleep(_KILL_AGAIN_S)
@@ -152,9 +149,8 @@ def _write_launch(launch: Launch, cgroup_parent: Path | None) -> None:
         "boot_id": processes.boot_id(),
         "cgroup_parent": None if cgroup_parent is None else str(cgroup_parent),
     }
-    draft = launch.folder / "launch.json.tmp"
-    draft.unlink(missing_ok=True)
-    file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    draft = launch.folder / f"launch.json.{os.getpid()}-{threading.get_ident()}"
+    file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with os.fdopen(file, "w", encoding="ascii") as opened:
         json.dump(values, opened)
     draft.rename(launch.folder / "launch.json")

@@ -140,11 +140,12 @@ def kill_cgroup(cgroup: Path) -> None:
         (cgroup / "cgroup.kill").write_text("1", encoding="ascii")
 
 
-def remove_cgroup(cgroup: Path) -> None:
-    """Remove an empty cgroup with all below it."""
+def remove_cgroup(cgroup: Path) -> bool:
+    """Remove an empty cgroup with all below it; False when it is still there, as just after its last process."""
     for folder, _, _ in os.walk(cgroup, topdown=False):
         with suppress(OSError):
             Path(folder).rmdir()
+    return not cgroup.exists()
 
 
 def _own_cgroup() -> Path | None:

@@ -14,7 +14,7 @@ from mlbox.serving.repository import CONFIG_FILE
 
 _DEPTH_MAX = 4
 _ENTRIES_MAX = 10_000
-_CONFIG_BYTES_MAX = 1 << 20
+_CONFIG_BYTES_MAX = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,7 +83,9 @@ class Lifecycle:
     async def run(self) -> None:
         while True:
             self._wake.clear()
+            self._looking = True
             wait_s = await self._pass()
+            self._looking = False
             self.ready = self.ready or time.monotonic() > self._began + _READY_AT_LATEST_S
             with suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
@@ -128,15 +130,12 @@ class Lifecycle:
 
     async def _pass(self) -> float:
         """Look, decide, act; returns the seconds until the next look is due."""
-        self._looking = True
         try:
             looks, ignored = await asyncio.to_thread(look, self._models_folder)
         except OSError as error:
             # A folder that is gone for a moment (a network file system, a mistake) takes nothing away from anybody.
             log.warning("the model folder cannot be read, everything is served on: %s", error)
             return _REPAIR_S
-        finally:
-            self._looking = False
         for name in sorted(ignored.keys() - self._models.ignored.keys()):
             log.warning("model folder: %r is passed over: %s", name, ignored[name])
         self._models.ignored = dict(ignored)

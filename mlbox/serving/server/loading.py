@@ -83,7 +83,8 @@ class Loader:
             if current is not None and current.entry == entry and current.config == config:
                 self._store.release(entry)
                 return current  # touched, not changed
-            session = sessions.load(entry.path / MODEL_FILE, self._session, gpu=config.gpu or self._session.gpu)
+            with self._store.loading(entry):
+                session = sessions.load(entry.path / MODEL_FILE, self._session, gpu=config.gpu or self._session.gpu)
             signature = model_config.signature(config, name, session.inputs, session.outputs)
         except Invalid as error:
             self._store.release(entry)

@@ -89,6 +89,7 @@ def signature(config: ModelConfig, name: str, inputs: Sequence[TensorSpec], outp
     max_batch = config.max_batch_size
     if max_batch is None:
         batchable = bool(inputs) and all(spec.shape and spec.shape[0] == ANY for spec in tensors)
+        batchable = batchable and not _dims_name_the_batch(config, tensors)
         max_batch = DEFAULT_MAX_BATCH if batchable else 0
     elif max_batch > 0:
         for spec in tensors:
@@ -179,6 +180,16 @@ def _gpu(groups: Sequence[Mapping[str, Any]]) -> str | None:
     if kinds == {"KIND_GPU"}:
         return "require"
     return "never" if kinds == {"KIND_CPU"} else None
+
+
+def _dims_name_the_batch(config: ModelConfig, tensors: Sequence[TensorSpec]) -> bool:
+    """Whether the file gives as many dims as the model has, so that the first one is no batch for it."""
+    ranks = {spec.name: len(spec.shape or ()) for spec in tensors}
+    entries = [*_messages(config.fields, "input"), *_messages(config.fields, "output")]
+    return any(
+        isinstance(dims := entry.get("dims"), list) and len(cast(list[object], dims)) == ranks.get(entry["name"])
+        for entry in entries
+    )
 
 
 def _narrowed(

@@ -4,6 +4,7 @@ Implements the `infer` part of the protocol with the binary tensor data extensio
 classification extension, as Triton documents them (docs/protocol in triton-inference-server/server).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -25,6 +26,7 @@ from mlbox.serving.server.signature import (
 from mlbox.serving.server.tensors import (
     BF16,
     BYTES,
+    DATATYPES,
     INT64_MAX,
     Array,
     datatype,
@@ -113,16 +115,16 @@ def classify(tensor: Tensor, classes: int, *, batched: bool) -> Tensor:
     """The `classes` largest values as strings `value:index`, the largest first (classification extension)."""
     if tensor.datatype.name in (BYTES, BF16):
         raise Invalid(f"output '{tensor.name}' is {tensor.datatype.name}: its classes cannot be told")
-    rows_shape = tensor.array.shape[:1] if batched else (1,)
-    rows = tensor.array.reshape(*rows_shape, tensor.array.size // max(1, rows_shape[0]))
+    shape = tensor.array.shape if batched else (1, tensor.array.size)
+    rows = tensor.array.reshape(shape[0], math.prod(shape[1:]))
     order = np.argsort(-rows.astype(np.float64), axis=1, kind="stable")[:, :classes]
     texts = [
         f"{value:f}:{index}"
         for row, indices in zip(rows, order, strict=True)
         for index, value in zip(indices.tolist(), row[indices].astype(np.float64).tolist(), strict=True)
     ]
-    shape = order.shape if batched else order.shape[1:]
-    return Tensor(tensor.name, datatype(BYTES, "a class"), np.array(texts, np.object_).reshape(shape))
+    classes_shape = order.shape if batched else order.shape[1:]
+    return Tensor(tensor.name, DATATYPES[BYTES], np.array(texts, np.object_).reshape(classes_shape))
 
 
 class _Blobs:
@@ -176,7 +178,9 @@ def _raw_string(body: bytes, spec: TensorSpec, signature: Signature) -> Array:
 
 
 def _raw_numbers(body: bytes, spec: TensorSpec, signature: Signature) -> Array:
-    shape = [1, *(spec.shape or ())[1:]] if signature.max_batch else list(spec.shape or ())
+    shape = list(spec.shape or ())
+    if signature.max_batch and shape.count(ANY) > 1:
+        shape[0] = 1  # the batch; where it is all that is free, it follows from the length
     if shape.count(ANY) > 1 or spec.shape is None:
         raise Invalid(
             f"The shape of the raw input '{spec.name}' can not be deduced because there are more than one "

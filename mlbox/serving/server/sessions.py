@@ -99,8 +99,11 @@ class Session:
         self._inner: Any = inner
         self.device = device
         self.note = note
-        self.inputs = tuple(_spec(item, "input") for item in inner.get_inputs())
-        self.outputs = tuple(_spec(item, "output") for item in inner.get_outputs())
+        try:
+            self.inputs = tuple(_spec(item, "input") for item in inner.get_inputs())
+            self.outputs = tuple(_spec(item, "output") for item in inner.get_outputs())
+        except UnicodeDecodeError as error:
+            raise LoadFailed("a name in it is not UTF-8") from error
         self._datatypes = {spec.name: spec.datatype.name for spec in (*self.inputs, *self.outputs)}
         # numpy has no bfloat16: such models speak through OrtValues, which cost more.
         self._through_values = BF16 in self._datatypes.values()

@@ -17,7 +17,8 @@ import shutil
 import signal
 import stat
 import threading
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,9 @@ SUMS_FILE = "SHA256SUMS"
 """Where it lies beside the model, in sha256sum's format, every file it names must match: the one way to notice a
 file that is half old and half new, for ONNX has no checksum and onnxruntime loads such a file."""
 _COPY_BYTES = 1 << 20
+_LOADING = ".loading-"
+_CRASHES_MAX = 3
+"""So many times a process may end while it loads the same content; a kill at that moment counts as well."""
 _SUM_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 
 
@@ -72,7 +76,7 @@ class Store:
             os.close(self._lock)
             raise Unavailable(f"another inference server uses {root}: stop it or name another folder") from error
         for left in root.iterdir():
-            if left.name != ".lock":
+            if left.name != ".lock" and not left.name.startswith(_LOADING):
                 _remove(left)
 
     def take(self, models: Path, name: str, number: int, expected: Fingerprint) -> Entry:
@@ -111,6 +115,27 @@ class Store:
             doomed = self._root / f".tmp-{secrets.token_hex(8)}"
             entry.path.rename(doomed)
         _remove(doomed)
+
+    @contextmanager
+    def loading(self, entry: Entry) -> Generator[None]:
+        """Held while a copy is loaded for the first time, which may end the whole process (a crash in a library).
+
+        Raises Invalid, once, for content during whose loading the process ended again and again: without that one bad
+        file would keep the server from ever serving the others.
+        """
+        mark = self._root / f"{_LOADING}{entry.digest}"
+        try:
+            ends = int(mark.read_text())
+        except (OSError, ValueError):
+            ends = 0
+        if ends >= _CRASHES_MAX:
+            mark.unlink()
+            raise Invalid(f"the server ended {ends} times while it was loaded: replace it, or ask for it to be loaded")
+        mark.write_text(str(ends + 1))
+        try:
+            yield
+        finally:
+            mark.unlink(missing_ok=True)
 
     def _copy(self, models: Path, name: str, number: int, expected: Fingerprint, target: Path) -> dict[str, str]:
         """Copy every visible file; returns path -> SHA-256. Raises Unsettled where it is not as `expected`."""

@@ -38,19 +38,19 @@ def decide(policy: VersionPolicy, versions: Mapping[int, Standing]) -> Decision:
     lower one. What is served goes only when everything that is picked is served.
     """
     picked: list[int] = []
-    refused: list[int] = []
+    passed: list[int] = []
     for number in sorted(versions, reverse=True):
         version = versions[number]
         if not version.present or (policy.versions is not None and number not in policy.versions):
             continue
         if policy.latest is not None and len(picked) == policy.latest:
             break
-        if version.refused:
-            refused.append(number)
         if version.live or (version.settled and not version.refused):
             picked.append(number)
+        else:
+            passed.append(number)
     complete = all(versions[number].live for number in picked)
-    replaced = complete and (bool(picked) or not refused)
+    replaced = complete and (bool(picked) or not passed)
     return Decision(
         load=tuple(
             number
@@ -62,5 +62,5 @@ def decide(policy: VersionPolicy, versions: Mapping[int, Standing]) -> Decision:
             for number in sorted(versions, reverse=True)
             if versions[number].live and number not in picked and (replaced if versions[number].present else complete)
         ),
-        refused=tuple(refused),
+        refused=tuple(number for number in sorted([*picked, *passed], reverse=True) if versions[number].refused),
     )

@@ -18,8 +18,9 @@ log = logging.getLogger(__name__)
 
 _DEBOUNCE_MS = 200
 _STEP_MS = 20
-_AGAIN_S = 5.0
-"""How long to wait before watching again where that failed: no inotify watches left, or the folder is gone."""
+_AGAIN_FIRST_S = 0.2
+_AGAIN_LAST_S = 5.0
+"""The pauses before watching again where that failed; every one of them doubles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +54,23 @@ def _look_at(models: Path, name: str, numbers: frozenset[int]) -> Look:
 
 async def watch(models: Path, changed: Callable[[], None]) -> None:
     """Call `changed` soon after anything below `models` changed, for ever."""
-    warned = False
+    pause_s = _AGAIN_FIRST_S
     while True:
         try:
             changes = watchfiles.awatch(  # pyright: ignore[reportUnknownMemberType]  # trio's types, not installed
                 models, watch_filter=None, debounce=_DEBOUNCE_MS, step=_STEP_MS
             )
             async for _ in changes:
+                pause_s = _AGAIN_FIRST_S
                 changed()
-        except (OSError, RuntimeError) as error:  # watchfiles raises either
-            if not warned:
-                log.warning("the model folder cannot be watched (%s): it is looked at every few seconds", error)
-            warned = True
-        await asyncio.sleep(_AGAIN_S)
+        except (OSError, RuntimeError, ExceptionGroup) as error:
+            # A file's name that is not UTF-8 ends the watcher (watchfiles 1.3), and so does a folder that is gone.
+            if pause_s == _AGAIN_FIRST_S:
+                log.warning("watching the model folder failed and is tried again: %s", _cause(error))
+        await asyncio.sleep(pause_s)
+        pause_s = min(2 * pause_s, _AGAIN_LAST_S)
+        changed()
+
+
+def _cause(error: BaseException) -> BaseException:
+    return _cause(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error

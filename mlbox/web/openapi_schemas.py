@@ -1,0 +1,289 @@
+"""The values of the interface as JSON Schema (2020-12), for `/openapi.json`."""
+
+from collections.abc import Mapping
+
+from mlbox.identity import Role, Scope
+from mlbox.jobs import JobState, Reason
+from mlbox.scheduler.gpus import GpuState
+
+Json = dict[str, object]
+
+
+def an_object(properties: Mapping[str, object], *, required: tuple[str, ...] | None = None) -> Json:
+    """An object with these properties and no other; all required unless told which."""
+    return {
+        "type": "object",
+        "properties": dict(properties),
+        "required": list(properties if required is None else required),
+        "additionalProperties": False,
+    }
+
+
+def _maybe(schema: Json) -> Json:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+def _whole(low: int, high: int) -> Json:
+    return {"type": "integer", "minimum": low, "maximum": high}
+
+
+_TEXT: Json = {"type": "string"}
+_INTEGER: Json = {"type": "integer"}
+_NUMBER: Json = {"type": "number"}
+_FLAG: Json = {"type": "boolean"}
+_TIME: Json = {"type": "string", "format": "date-time"}
+_LABEL: Json = {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"}
+_DURATION: Json = {
+    "anyOf": [
+        {"type": "number", "minimum": 1, "maximum": 316_224_000},
+        {"type": "string", "pattern": "^[1-9][0-9]{0,5}(s|min|m|h)?$", "description": "90, 90m, 2h; also 1-12:00:00"},
+    ]
+}
+_MEMORY: Json = {
+    "anyOf": [
+        {"type": "number", "minimum": 1, "maximum": 2**40, "description": "MiB"},
+        {"type": "string", "pattern": "^[1-9][0-9]{0,5}[MG]$"},
+    ]
+}
+
+_SUBMIT: Json = {
+    "command": {
+        "type": "string",
+        "maxLength": 30_000,
+        "pattern": r"^[^\u0000]*[!-~][^\u0000]*$",
+        "description": "A shell command line.",
+    },
+    "script": {
+        "type": "string",
+        "maxLength": 200_000,
+        "pattern": r"^#![!-~]+\n[^\u0000#]*$",
+        "description": "A script with its own `#!`; its #MLBOX and #SBATCH lines are read.",
+    },
+    "workdir": {"type": "string", "maxLength": 1000, "pattern": r"^/[^\u0000]*$", "description": "An existing folder."},
+    "name": _LABEL,
+    "project": _LABEL,
+    "env": {
+        "type": "object",
+        "propertyNames": {"pattern": "^(?!MLBOX_)[A-Za-z_][A-Za-z0-9_]{0,100}$"},
+        "additionalProperties": {"type": "string", "maxLength": 2000, "pattern": r"^[^\u0000]*$"},
+        "maxProperties": 50,
+    },
+    "gpus": {**_whole(0, 1024), "description": "Whole GPUs."},
+    "cpus": {**_whole(1, 65_536), "description": "Cores."},
+    "mem": _MEMORY,
+    "time_limit": _DURATION,
+    "grace_s": {"type": "number", "minimum": 0, "maximum": 86_400, "description": "Between TERM and KILL."},
+    "priority": {**_whole(-100, 100), "description": "Above 0 for admins."},
+    "retries": _whole(0, 100),
+    "requeue": _FLAG,
+    "model": {"type": "string", "pattern": "^(?!stats$)[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$"},
+    "hold": _FLAG,
+    "not_before": {"type": "number", "minimum": 0, "maximum": 253_402_300_799},
+}
+"""A subset of what is understood: strings are taken for numbers, too, as a form needs it."""
+
+_FORM: Json = {**_SUBMIT, "env": {"type": "string", "pattern": "^[A-Z]{1,10}=[ -~]*$"}}
+
+
+def _one_of(properties: Json) -> Json:
+    """Either a command or a script."""
+    return {**an_object(properties, required=()), "oneOf": [{"required": ["command"]}, {"required": ["script"]}]}
+
+
+_JOB: Json = {
+    "id": _INTEGER,
+    "name": _TEXT,
+    "project": _TEXT,
+    "user": _TEXT,
+    "state": {"enum": list(JobState)},
+    "reason": {"enum": [*Reason, None]},
+    "cause": _maybe(_TEXT),
+    "command": _maybe(_TEXT),
+    "script": _maybe(_TEXT),
+    "code": {"enum": ["tar.gz", "zip", None]},
+    "workdir": _maybe(_TEXT),
+    "env": {"type": "object", "additionalProperties": _TEXT},
+    "gpus": _INTEGER,
+    "gpu_mem_mib": _maybe(_INTEGER),
+    "cpus": _maybe(_INTEGER),
+    "mem_mib": _maybe(_INTEGER),
+    "time_limit_s": _maybe(_NUMBER),
+    "grace_s": _NUMBER,
+    "priority": _INTEGER,
+    "preemptible": _FLAG,
+    "depends_on": {"type": "array"},
+    "array": _maybe(_TEXT),
+    "retries": _INTEGER,
+    "requeue": _FLAG,
+    "model": _maybe(_TEXT),
+    "hold": _FLAG,
+    "not_before": _maybe(_TIME),
+    "retry_of": _maybe(_INTEGER),
+    "submitted_at": _TIME,
+    "started_at": _maybe(_TIME),
+    "ended_at": _maybe(_TIME),
+    "cancel_requested_at": _maybe(_TIME),
+    "exit_code": _maybe(_INTEGER),
+    "signal": _maybe(_INTEGER),
+    "attempt": _INTEGER,
+    "gpu_uuids": {"type": "array", "items": _TEXT},
+    "log_bytes": _maybe(_INTEGER),
+    "files_removed": _FLAG,
+    "usage": an_object(
+        {
+            "gpu_seconds": _NUMBER,
+            "cpu_seconds": _maybe(_NUMBER),
+            "max_rss_mib": _maybe(_NUMBER),
+            "max_gpu_mib": _maybe(_NUMBER),
+        }
+    ),
+    "progress": {"type": "null"},
+    "verdict": {"type": "null"},
+    "pending": _maybe({"$ref": "#/components/schemas/Pending"}),
+}
+_ATTEMPT: Json = {
+    "attempt": _INTEGER,
+    "gpu_uuids": {"type": "array", "items": _TEXT},
+    "started_at": _maybe(_TIME),
+    "ended_at": _maybe(_TIME),
+    "exit_code": _maybe(_INTEGER),
+    "signal": _maybe(_INTEGER),
+    "reason": {"enum": [*Reason, None]},
+    "cause": _maybe(_TEXT),
+    "cpu_seconds": _maybe(_NUMBER),
+    "max_rss_mib": _maybe(_NUMBER),
+    "log_bytes": _maybe(_INTEGER),
+}
+TOKEN_FIELDS: Json = {
+    "id": _INTEGER,
+    "name": _TEXT,
+    "last4": _TEXT,
+    "user": _TEXT,
+    "scopes": {"type": "array", "items": {"enum": list(Scope)}},
+    "created_at": _TIME,
+    "expires_at": _maybe(_TIME),
+    "last_used_at": _maybe(_TIME),
+    "revoked_at": _maybe(_TIME),
+}
+TOKEN = an_object(TOKEN_FIELDS)
+_VERSION: Json = {
+    "version": _INTEGER,
+    "state": _TEXT,
+    "ready": _FLAG,
+    "reason": _maybe(_TEXT),
+    "job": _maybe(_INTEGER),
+    "sha256": _maybe(_TEXT),
+    "by_user": _maybe(_TEXT),
+    "deployed_at": _maybe(_TIME),
+}
+_PROCESS: Json = {
+    "pid": _INTEGER,
+    "user": _maybe(_TEXT),
+    "command": _maybe(_TEXT),
+    "memory_mib": _maybe(_INTEGER),
+    "kind": {"enum": ["C", "G", "C+G"]},
+    "job": _maybe(_INTEGER),
+}
+_GPU: Json = {
+    "uuid": _TEXT,
+    "index": _INTEGER,
+    "name": _TEXT,
+    "memory_mib": _maybe(_INTEGER),
+    "used_mib": _maybe(_INTEGER),
+    "free_mib": _maybe(_INTEGER),
+    "utilization": _maybe(_INTEGER),
+    "power_w": _maybe(_NUMBER),
+    "temperature_c": _maybe(_INTEGER),
+    "state": {"enum": list(GpuState)},
+    "why": _maybe(_TEXT),
+    "jobs": {"type": "array", "items": _INTEGER},
+    "models": {"type": "array", "items": _TEXT},
+    "processes": {"type": "array", "items": an_object(_PROCESS)},
+    "links": {
+        "type": "array",
+        "items": an_object({"uuid": _TEXT, "level": _maybe(_TEXT), "nvlinks": _INTEGER}),
+    },
+}
+
+SCHEMAS: Json = {
+    "Problem": an_object(
+        {
+            "type": {"const": "about:blank"},
+            "title": _TEXT,
+            "status": _INTEGER,
+            "detail": _TEXT,
+            "errors": {"type": "array", "items": an_object({"field": _TEXT, "message": _TEXT})},
+        },
+        required=("type", "title", "status", "detail"),
+    ),
+    "Submit": _one_of(_SUBMIT),
+    "SubmitForm": _one_of(_FORM),
+    "SubmitUpload": _one_of({**_FORM, "code": {"type": "string", "format": "binary", "description": "tar.gz or zip"}}),
+    "JobChange": {
+        **an_object({"priority": _SUBMIT["priority"], "time_limit": _DURATION}, required=()),
+        "minProperties": 1,
+    },
+    "Job": an_object(_JOB),
+    "JobRow": an_object({name: value for name, value in _JOB.items() if name != "script"}),
+    "JobDetail": an_object({**_JOB, "attempts": {"type": "array", "items": an_object(_ATTEMPT)}}),
+    "Pending": an_object({"why": _TEXT, "position": _maybe(_INTEGER), "estimated_start": _maybe(_TIME)}),
+    "Waiting": an_object(
+        {
+            "id": _INTEGER,
+            "name": _TEXT,
+            "project": _TEXT,
+            "user": _TEXT,
+            "gpus": _INTEGER,
+            "cpus": _maybe(_INTEGER),
+            "priority": _INTEGER,
+            "time_limit_s": _maybe(_NUMBER),
+            "submitted_at": _TIME,
+            "pending": _maybe({"$ref": "#/components/schemas/Pending"}),
+        }
+    ),
+    "Lines": an_object(
+        {
+            "lines": {
+                "type": "array",
+                "items": an_object({"offset": _INTEGER, "next": _INTEGER, "text": _TEXT, "cut": _FLAG}),
+            },
+            "size": _INTEGER,
+            "match": _maybe(_INTEGER),
+            "searched_to": _maybe(_INTEGER),
+        }
+    ),
+    "Artifact": an_object({"path": _TEXT, "size": _INTEGER, "modified_at": _TIME}),
+    "Gpu": an_object(_GPU),
+    "Drain": an_object({"reason": {"type": "string", "maxLength": 200, "pattern": "^[ -~]*$"}}, required=()),
+    "Ready": an_object({"status": _TEXT, "version": _TEXT, "detail": _TEXT}, required=("status",)),
+    "Model": an_object(
+        {
+            "name": _TEXT,
+            "ready": _FLAG,
+            "reason": _maybe(_TEXT),
+            "versions": {"type": "array", "items": {"$ref": "#/components/schemas/ModelVersion"}},
+        }
+    ),
+    "ModelVersion": an_object(_VERSION),
+    "DeployJob": an_object({"job": _whole(1, 2**63 - 1), "path": _TEXT}, required=("job",)),
+    "Token": TOKEN,
+    "NewToken": an_object(
+        {
+            "name": _LABEL,
+            "scopes": {"type": "array", "items": {"enum": list(Scope)}, "minItems": 1},
+            "expires": {"anyOf": [_DURATION, {"const": "never"}]},
+        },
+        required=(),
+    ),
+    "LoginCode": an_object({"code": _TEXT, "url": _TEXT, "expires_at": _TIME}),
+    "Me": an_object(
+        {
+            "user": _TEXT,
+            "uid": _INTEGER,
+            "role": {"enum": list(Role)},
+            "scopes": {"type": "array", "items": {"enum": list(Scope)}},
+            "credential": _TEXT,
+            "job": _maybe(_INTEGER),
+        }
+    ),
+}
