@@ -40,7 +40,7 @@ def show(test: dict[str, Any], labels: list[int], probabilities: list[float]) ->
     images = test["images"][: len(labels)]
     for row in range(8):
         print("   ".join(picture_row(image[8 * row : 8 * row + 8]) for image in images))
-    for line in ("predicted {label} ({sure:.0%})", "true      {true}"):
+    for line in ("predicted {label} {sure:4.0%}", "true      {true}"):
         cells = [
             line.format(label=label, sure=probabilities[10 * index + label], true=test["labels"][index])
             for index, label in enumerate(labels)

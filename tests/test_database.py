@@ -107,6 +107,7 @@ async def test_a_cancelled_writer_loses_nothing_and_locks_nothing(notes: Databas
         await asyncio.gather(writer, return_exceptions=True)
     stop = True
     await competitor
+    await notes.write(put, 2_000_000_000)  # behind what the last of the cancelled have queued
 
     found = await notes.read(halves)
     assert set(found.values()) == {2}

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 
+from tests.nvml.standin import FakeGpu, StandIn
 from tests.whole.harness import eventually
 
 ROOT = Path(__file__).parent.parent
@@ -159,13 +161,13 @@ def test_the_lock_pins_by_hash_and_names_no_index() -> None:
 class Demo:
     """scripts/demo in a folder of its own, slow enough to interfere with."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         self.output = folder.parent / "output"
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
                 [ROOT / "scripts/demo"],
-                env=os.environ | {"DEMO": str(folder), "SLOW": "0.3"},
+                env=os.environ | (environment or {}) | {"DEMO": str(folder), "SLOW": "0.3"},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -196,22 +198,28 @@ class Demo:
                     found.append(command)
         return found
 
+    def close(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGINT)
+            self.process.wait(DEMO_PATIENCE_S)
+        subprocess.run([ROOT / "scripts/demo", "stop"], env=os.environ | {"DEMO": str(self.folder)}, check=True)
+
 
 @pytest.fixture
 def demo(tmp_path: Path) -> Iterator[Demo]:
-    running = Demo(tmp_path / "demo")
-    yield running
-    if running.process.poll() is None:
-        os.killpg(running.process.pid, signal.SIGINT)
-        running.process.wait(60)
-    subprocess.run([ROOT / "scripts/demo", "stop"], env=os.environ | {"DEMO": str(running.folder)}, check=True)
+    with closing(Demo(tmp_path / "demo")) as running:
+        yield running
 
 
 @pytest.mark.slow
-def test_the_demo_ends_well_although_the_daemon_is_killed_in_the_middle_of_the_training(demo: Demo) -> None:
+@pytest.mark.parametrize("back", ["in the middle of the training", "when the training has ended"])
+def test_the_demo_ends_well_although_the_daemon_is_killed_and_is_back(demo: Demo, back: str) -> None:
     demo.reach("epoch   4/20")
     os.kill(demo.daemon_pid, signal.SIGKILL)
     demo.reach("You may start it again")
+    if back == "when the training has ended":
+        ended = demo.folder / "state/jobs/1/attempt-1/exit.json"
+        eventually("the job ends without a daemon", ended.exists)
     # The other terminal of the person who watches.
     with (demo.folder / "second.log").open("wb") as log:
         second = subprocess.Popen(
@@ -241,3 +249,17 @@ def test_an_interrupted_demo_leaves_nothing_running(demo: Demo) -> None:
     assert demo.process.wait(60) == 130
     assert "cancelled" in demo.output.read_text()
     assert demo.running() == []
+
+
+@pytest.mark.slow
+def test_on_a_box_with_gpus_the_demo_pins_a_free_card(tmp_path: Path) -> None:
+    box = StandIn(tmp_path)
+    box.show(FakeGpu(uuid="GPU-busy", used=4096, compute=[(os.getpid(), 4096)]), FakeGpu(uuid="GPU-idle"))
+
+    with closing(Demo(tmp_path / "demo", box.environment())) as demo:
+        assert demo.process.wait(DEMO_PATIENCE_S) == 0, demo.output.read_text()
+
+    output = demo.output.read_text()
+    assert "-F gpus=1 " in output
+    assert "the GPU of this job, GPU-idle," in output
+    assert "of 360 right" in output

@@ -181,9 +181,7 @@ class TestDeadlines:
             app.go_on.set()
             assert (await one_response(reader)).startswith(b"HTTP/1.1 200 ")
 
-    async def test_each_request_has_a_new_deadline(
-        self, listener: socket.socket, app: Echo
-    ) -> None:
+    async def test_each_request_has_a_new_deadline(self, listener: socket.socket, app: Echo) -> None:
         async with running(listener, app), connected(listener) as (reader, writer):
             for _ in range(3):
                 writer.write(GET)
@@ -249,9 +247,7 @@ class TestOrder:
         assert answer.startswith(b"HTTP/1.1 200 ")
         assert answer.count(b"HTTP/1.1") == 1
 
-    async def test_half_a_request_behind_a_slow_one_spoils_nothing(
-        self, listener: socket.socket, app: Echo
-    ) -> None:
+    async def test_half_a_request_behind_a_slow_one_spoils_nothing(self, listener: socket.socket, app: Echo) -> None:
         async with running(listener, app), connected(listener) as (reader, writer):
             writer.write(HELD + b"GET / HT")
             await asyncio.sleep(QUICK.header_timeout_s * 1.5)
@@ -260,9 +256,7 @@ class TestOrder:
         assert answer.startswith(b"HTTP/1.1 200 ")
         assert answer.count(b"HTTP/1.1") == 1
 
-    async def test_a_malformed_request_is_told_in_own_words(
-        self, listener: socket.socket, app: Echo
-    ) -> None:
+    async def test_a_malformed_request_is_told_in_own_words(self, listener: socket.socket, app: Echo) -> None:
         server = Server(Config(app, error_body=lambda status, text: (b"application/json", b'{"no":%d}' % status)))
         task = asyncio.create_task(server.serve([listener]))
         async with connected(listener) as (reader, writer):
@@ -273,9 +267,7 @@ class TestOrder:
         assert answer.startswith(b"HTTP/1.1 400 ")
         assert answer.endswith(b'{"no":400}')
 
-    async def test_an_early_answer_reaches_a_client_that_still_writes(
-        self, listener: socket.socket, app: Echo
-    ) -> None:
+    async def test_an_early_answer_reaches_a_client_that_still_writes(self, listener: socket.socket, app: Echo) -> None:
         body = bytes(4_000_000)
         async with running(listener, app), connected(listener) as (reader, writer):
             writer.write(b"POST /early HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body))

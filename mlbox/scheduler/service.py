@@ -1,14 +1,17 @@
 """The door of the scheduler: what users may ask of jobs and GPUs. Everything is checked here, whoever calls."""
 
 import asyncio
+import sqlite3
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from mlbox.database import Database
-from mlbox.errors import Conflict, Denied, Impossible, NotFound, TooMany
-from mlbox.events import JOBS, Events, job_topic
+from mlbox.errors import Conflict, Denied, Impossible, NotFound, TooMany, Unavailable
+from mlbox.events import GPUS, JOBS, Events, job_topic
 from mlbox.identity import Identity
 from mlbox.jobs import Job, JobSpec, JobState
 from mlbox.scheduler import placement, queue
@@ -17,12 +20,15 @@ from mlbox.scheduler.gpus import GpuInventory, Nvml
 from mlbox.scheduler.queue import Attempt
 from mlbox.scheduler.state import GpuReport, SchedulerState, waiting
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 _FULL_RETRY_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pending:
-    """Why a job waits, in one sentence; its position (1 is tried first, None: it may not start yet)."""
+    """Why a job waits, in one sentence; its position (1 is tried first; None: it has none)."""
 
     why: str
     position: int | None
@@ -66,28 +72,40 @@ class JobService:
         When this returns, the job is on disk for good. `code` is a file in `incoming_folder`; it is moved away.
         Raises Denied, Impossible, TooMany, Unavailable.
         """
-        self._admit(who, spec)
+        if who.job_id is not None:
+            raise Denied(f"the token of job {who.job_id} cannot submit jobs: use a token of your own")
         if idempotency_key and (earlier := await self._database.read(queue.of_key, who.uid, idempotency_key)):
             return earlier, False
+        self._admit(who, spec)
+        return await _whole(self._submit(who, spec, code, idempotency_key, retry_of))
+
+    async def _submit(
+        self, who: Identity, spec: JobSpec, code: Path | None, idempotency_key: str | None, retry_of: int | None
+    ) -> tuple[Job, bool]:
         job_id: int | None = None
-        if code is not None and spec.code is not None:
-            job_id = await self._database.write(queue.reserve_id)
-            await asyncio.to_thread(self._folders.keep_code, job_id, spec.code, code)
-        now = time.time()
-        job, made = await self._database.write(
-            queue.submit,
-            spec,
-            user=who.user,
-            uid=who.uid,
-            now=now,
-            job_id=job_id,
-            retry_of=retry_of,
-            idempotency_key=idempotency_key,
-        )
+        made = False
+        try:
+            if code is not None and spec.code is not None:
+                job_id = await self._database.write(queue.reserve_id)
+                with _disk("the code archive cannot be stored"):
+                    await asyncio.to_thread(self._folders.keep_code, job_id, spec.code, code)
+            now = time.time()
+            job, made = await self._database.write(
+                queue.submit,
+                spec,
+                user=who.user,
+                uid=who.uid,
+                now=now,
+                job_id=job_id,
+                retry_of=retry_of,
+                idempotency_key=idempotency_key,
+            )
+        finally:
+            if job_id is not None and not made:
+                with suppress(OSError, Conflict):  # what is left lies in nobody's way
+                    await asyncio.to_thread(self._folders.remove, job_id)
         if made:
             self._queued(job, now)
-        elif job_id is not None:
-            await asyncio.to_thread(self._folders.remove, job_id)
         return job, made
 
     async def get(self, who: Identity, job_id: int) -> Job:
@@ -147,14 +165,17 @@ class JobService:
 
         Asking twice is once. Raises Conflict when it ended otherwise.
         """
-        job = await self._own(who, job_id)
-        if job.ended and job.state is not JobState.CANCELLED:
-            raise Conflict(f"job {job_id} has {job.state} already: there is nothing to cancel")
-        job = await self._database.write(queue.request_cancel, job_id, user=who.user, now=time.time()) or job
+        await self._own(who, job_id)
+        return await _whole(self._cancel(who, job_id))
+
+    async def _cancel(self, who: Identity, job_id: int) -> Job:
+        job = await self._database.write(queue.request_cancel, job_id, user=who.user, now=time.time())
+        if job is None or job.state in (JobState.SUCCEEDED, JobState.FAILED):
+            raise Conflict(f"job {job_id} has {job.state if job else 'gone'} already: there is nothing to cancel")
         if job.ended:
             self._state.backlog.drop(job_id)
         elif active := self._state.active.get(job_id):
-            active.stop_wanted = True
+            active.stop()
         self._changed(job_id)
         return job
 
@@ -166,14 +187,17 @@ class JobService:
         job = await self._own(who, job_id)
         if not job.ended:
             raise Conflict(f"job {job_id} is {job.state}: it can be retried when it has ended")
+        code: Path | None = None
         try:
-            code = await asyncio.to_thread(self._folders.copy_code, job)
+            with _disk(f"the code of job {job_id} cannot be copied"):
+                code = await asyncio.to_thread(self._folders.copy_code, job)
+            spec = replace(job.spec, hold=False, not_before=None)
+            again, _ = await self.submit(who, spec, code=code, idempotency_key=idempotency_key, retry_of=job_id)
         except FileNotFoundError:
             raise Conflict(f"the code of job {job_id} was removed: submit it anew") from None
-        spec = replace(job.spec, hold=False, not_before=None)
-        again, made = await self.submit(who, spec, code=code, idempotency_key=idempotency_key, retry_of=job_id)
-        if not made and code is not None:
-            await asyncio.to_thread(code.unlink, True)
+        finally:
+            if code is not None:  # where the new job did not take it
+                await asyncio.to_thread(code.unlink, missing_ok=True)
         return again
 
     async def hold(self, who: Identity, job_id: int) -> Job:
@@ -196,12 +220,16 @@ class JobService:
         job = await self._own(who, job_id)
         if not await self._database.write(queue.mark_removed, job_id, now=time.time()):
             raise Conflict(f"job {job_id} is {job.state}: cancel it first, then remove its files")
-        await asyncio.to_thread(self._folders.remove, job_id)
+        with _disk(f"the files of job {job_id} cannot be removed"):
+            await asyncio.to_thread(self._folders.remove, job_id)
         self._events.publish(job_topic(job_id), JOBS)
         return await self.get(who, job_id)
 
     def pending(self, job: Job) -> Pending | None:
         """Why the job waits; None when it does not. From memory, cheap."""
+        active = self._state.active.get(job.id)
+        if active is not None and job.state is JobState.STARTING and active.trouble is not None:
+            return Pending(why=f"it cannot be launched yet: {active.trouble}", position=None, estimated_start=None)
         known = self._state.backlog.get(job.id)
         if known is None:
             return None
@@ -243,15 +271,13 @@ class JobService:
     async def drain(self, who: Identity, gpu_uuid: str, reason: str | None) -> None:
         """Start nothing more on a GPU; what runs on it goes on. Raises NotFound."""
         self._known_gpu(gpu_uuid)
-        await self._database.write(queue.drain, gpu_uuid, user=who.user, reason=reason, now=time.time())
-        await self._reload_drained()
+        await _whole(self._change_drained(queue.drain, gpu_uuid, user=who.user, reason=reason, now=time.time()))
 
     async def resume(self, who: Identity, gpu_uuid: str) -> None:
         """Take a drained GPU back into service. Raises NotFound."""
         del who  # the route admits admins only; there is nothing finer to check
         self._known_gpu(gpu_uuid)
-        await self._database.write(queue.resume, gpu_uuid)
-        await self._reload_drained()
+        await _whole(self._change_drained(queue.resume, gpu_uuid))
 
     def attempt_folder(self, job_id: int, attempt: int) -> Path:
         return self._folders.attempt(job_id, attempt)
@@ -265,8 +291,6 @@ class JobService:
 
     def _admit(self, who: Identity, spec: JobSpec) -> None:
         """Raises what speaks against queueing `spec` for `who`."""
-        if who.job_id is not None:
-            raise Denied(f"the token of job {who.job_id} cannot submit jobs: use a token of your own")
         if spec.priority > 0 and not who.admin:
             raise Denied(f"priority {spec.priority} is for admins: ask for 0 or less")
         if len(self._state.backlog) >= self._waiting_max:
@@ -302,10 +326,15 @@ class JobService:
 
     async def _change(self, who: Identity, job_id: int, values: Mapping[str, object]) -> Job:
         job = await self._own(who, job_id)
-        changed = await self._database.write(queue.change, job_id, values)
+        changed = await _whole(self._apply(job_id, values))
         if changed is None:
             raise Conflict(f"job {job_id} is {job.state}: only a waiting job can be changed")
-        self._queued(changed, time.time())
+        return changed
+
+    async def _apply(self, job_id: int, values: Mapping[str, object]) -> Job | None:
+        changed = await self._database.write(queue.change, job_id, values)
+        if changed is not None:
+            self._queued(changed, time.time())
         return changed
 
     def _queued(self, job: Job, now: float) -> None:
@@ -321,9 +350,32 @@ class JobService:
         if gpu_uuid not in known:
             raise NotFound(f"there is no GPU {gpu_uuid} here; known: {', '.join(known) or 'none'}")
 
-    async def _reload_drained(self) -> None:
-        self._state.drained = await self._database.read(queue.drained)
+    async def _change_drained(
+        self, change: Callable[Concatenate[sqlite3.Connection, P], object], *args: P.args, **kwargs: P.kwargs
+    ) -> None:
+        def changed(connection: sqlite3.Connection) -> dict[str, str]:
+            change(connection, *args, **kwargs)
+            return queue.drained(connection)
+
+        self._state.drained = await self._database.write(changed)
+        self._events.publish(GPUS)
         self._wake()
+
+
+async def _whole(work: Coroutine[Any, Any, T]) -> T:
+    """Carry `work` through even where its caller is cancelled: memory must follow what was committed."""
+    return await asyncio.shield(asyncio.ensure_future(work))
+
+
+@contextmanager
+def _disk(what: str) -> Generator[None]:
+    """Trouble with the disk is told as Unavailable; a missing file is for the caller to explain."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise Unavailable(f"{what} now: {error}") from error
 
 
 def _without_content(spec: JobSpec) -> JobSpec:

@@ -1,7 +1,9 @@
 """What the scheduler knows in memory, all of it rebuilt from the database and the attempts' folders at a start."""
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 
 from mlbox.jobs import Job
@@ -12,25 +14,49 @@ from mlbox.scheduler.policy import WaitingJob
 from mlbox.scheduler.queue import Lease
 
 
+class Next(StrEnum):
+    """What is to be done about an attempt under way."""
+
+    LAUNCH = "launch"
+    """Start its shim: it was committed, and its user code never ran."""
+    WATCH = "watch"
+    """Wait for the end of its shim, and stop it when somebody wishes."""
+    LOOK = "look"
+    """See what its folder says: its shim is gone, or nobody knows of it yet."""
+    CLEAR = "clear"
+    """Kill what its shim left when it died."""
+    DONE = "done"
+    """Nothing: its end is recorded."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Active:
-    """An attempt under way. `end_fd` is watched until it says that the shim has ended."""
+    """An attempt under way. `began` is when it was launched (Unix seconds); `trouble` is what is in the way now."""
 
     job: Job
     attempt: int
     key: str
     folder: Path
     gpu_uuids: tuple[str, ...]
-    end_fd: int | None = None
+    next: Next
+    began: float | None = None
     stop_wanted: bool = False
-    stop_sent: bool = False
     launches: int = 0
+    tries: int = 0
+    trouble: str | None = None
     token: str | None = None
     """The job's own token in clear, from the commit of the attempt to its launch; kept nowhere else."""
+    hint: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when its task should look at the attempt at once."""
 
     @property
     def slots(self) -> int:
         return slots_of(self.job)
+
+    def stop(self) -> None:
+        """Have the attempt ended, whatever it is at."""
+        self.stop_wanted = True
+        self.hint.set()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +77,8 @@ class SchedulerState:
     backlog: Backlog = field(default_factory=Backlog)
     active: dict[int, Active] = field(default_factory=dict[int, Active])
     leases: dict[str, Lease] = field(default_factory=dict[str, Lease])
+    ended_at: dict[str, float] = field(default_factory=dict[str, float])
+    """When the last attempt on a GPU ended (time.monotonic()): only a later sample can show that the GPU is clean."""
     drained: dict[str, str] = field(default_factory=dict[str, str])
     plan: Plan = field(default_factory=lambda: Plan(starts=(), gpu_head=None, slot_head=None))
 

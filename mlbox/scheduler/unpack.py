@@ -90,9 +90,9 @@ def unpack(archive: Path, target: Path, limits: Limits = DEFAULT_LIMITS) -> None
     if target.is_dir() and any(target.iterdir()):
         raise FileExistsError(f"{target} is not empty: unpack into a new folder")
     draft = target.with_name(f".{target.name}.unpacking")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(mode=0o700)
     try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(mode=0o700)
         with archive.open("rb") as file:
             for entry in _entries(file, limits):
                 _write(draft / entry.name, entry)

@@ -3,6 +3,7 @@
 import asyncio
 import os
 from collections.abc import AsyncGenerator
+from functools import partial
 from urllib.parse import quote
 
 from starlette.requests import Request
@@ -16,6 +17,7 @@ from mlbox.web.artifacts import Artifact
 from mlbox.web.doors import Doors
 from mlbox.web.live import Stream, Streams
 from mlbox.web.negotiation import wants_text
+from mlbox.web.problems import NoSuchRange
 from mlbox.web.ranges import byte_range, content_range
 from mlbox.web.routes import id_in_path, identity_of
 
@@ -47,8 +49,11 @@ class ArtifactsApi:
         job = await self._jobs.get(identity_of(request), id_in_path(request, "job"))
         path: str = request.path_params["path"]
         fd, size = await asyncio.to_thread(artifacts.open_file, self._jobs.out_folder(job.id), path)
-        file = _OpenFile(fd)
-        asked = byte_range(request.headers.get("range"), size)
+        try:
+            asked = byte_range(request.headers.get("range"), size)
+        except NoSuchRange:
+            os.close(fd)
+            raise
         start, end = asked or (0, size)
         name = path.rpartition("/")[2]
         headers = {
@@ -60,10 +65,11 @@ class ArtifactsApi:
             headers["Content-Range"] = content_range(start, end, size)
         return Stream(
             self._streams,
-            file.slice(start, end),
+            _slice(fd, start, end),
             media_type="application/octet-stream",
             status=206 if asked else 200,
             headers=headers,
+            close=partial(os.close, fd),
         )
 
     async def store(self, request: Request) -> Response:
@@ -78,20 +84,13 @@ class ArtifactsApi:
             return Json({"path": path, "size": upload.size}, 201)
 
 
-class _OpenFile:
-    """A file that closes itself, also when nobody ever came to read it."""
-
-    def __init__(self, fd: int) -> None:
-        self._file = os.fdopen(fd, "rb", buffering=0)
-
-    async def slice(self, start: int, end: int) -> AsyncGenerator[bytes]:
-        with self._file as file:
-            while start < end:
-                block = await asyncio.to_thread(os.pread, file.fileno(), min(_BLOCK_BYTES, end - start), start)
-                if not block:
-                    raise NotFound("the file became shorter while it was read")
-                start += len(block)
-                yield block
+async def _slice(fd: int, start: int, end: int) -> AsyncGenerator[bytes]:
+    while start < end:
+        block = await asyncio.to_thread(os.pread, fd, min(_BLOCK_BYTES, end - start), start)
+        if not block:
+            raise NotFound("the file became shorter while it was read")
+        start += len(block)
+        yield block
 
 
 def artifact_json(artifact: Artifact) -> dict[str, object]:

@@ -3,12 +3,13 @@
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import cast
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mlbox.errors import FieldError, Invalid
+from mlbox.errors import Conflict, FieldError, Invalid
 from mlbox.identity import Identity, Scope
 from mlbox.scheduler import submission, values
 from mlbox.web import bodies
@@ -32,7 +33,7 @@ class IdentityApi:
     def __init__(self, doors: Doors) -> None:
         self._credentials = doors.credentials
         self._endpoints = doors.endpoints
-        self._answers: OrderedDict[tuple[int, str, str], tuple[float, bytes]] = OrderedDict()
+        self._answers: OrderedDict[tuple[int, str, str], tuple[float, _Made]] = OrderedDict()
 
     async def me(self, request: Request) -> Response:
         who = identity_of(request)
@@ -50,8 +51,8 @@ class IdentityApi:
     async def create_token(self, request: Request) -> Response:
         who, key = identity_of(request), idempotency_key(request)
         fields = await bodies.fields_of(request)
-        if (earlier := self._earlier(who, "token", key)) is not None:
-            return _again(earlier)
+        if (earlier := self._earlier(who, "token", key, fields)) is not None:
+            return _made(request, earlier, again=True)
         bodies.known_only(fields, ("name", "scopes", "expires"))
         name = fields.get("name", "token")
         if not isinstance(name, str) or submission.NAME.fullmatch(name) is None:
@@ -63,12 +64,9 @@ class IdentityApi:
             expires_at=_expiry(fields),
             idempotency_key=key,
         )
-        headers = {"Location": f"/api/tokens/{token.id}"}
-        if wants_text(request):
-            return Text(secret + "\n", 201, headers)
-        answer = Json({**token_json(token), "token": secret}, 201, headers)
-        self._keep(who, "token", key, bytes(answer.body))
-        return answer
+        made = _Made({**token_json(token), "token": secret}, secret, fields, f"/api/tokens/{token.id}")
+        self._keep(who, "token", key, made)
+        return _made(request, made)
 
     async def tokens(self, request: Request) -> Response:
         rows = [token_json(token) for token in await self._credentials.tokens(identity_of(request))]
@@ -87,31 +85,49 @@ class IdentityApi:
 
     async def create_login_code(self, request: Request) -> Response:
         who, key = identity_of(request), idempotency_key(request)
-        bodies.known_only(await bodies.fields_of(request), ())
-        if (earlier := self._earlier(who, "code", key)) is not None:
-            return _again(earlier)
+        fields = await bodies.fields_of(request)
+        bodies.known_only(fields, ())
+        if (earlier := self._earlier(who, "code", key, fields)) is not None:
+            return _made(request, earlier, again=True)
         code, expires_at = await self._credentials.make_login_code(who)
         url = f"http://{self._endpoints()['http']}/login?code={code}"
-        if wants_text(request):
-            return Text(url + "\n", 201)
-        answer = Json({"code": code, "url": url, "expires_at": moment(expires_at)}, 201)
-        self._keep(who, "code", key, bytes(answer.body))
-        return answer
+        made = _Made({"code": code, "url": url, "expires_at": moment(expires_at)}, url, fields)
+        self._keep(who, "code", key, made)
+        return _made(request, made)
 
-    def _earlier(self, who: Identity, what: str, key: str | None) -> bytes | None:
-        """The first answer to this key, while it is kept."""
+    def _earlier(self, who: Identity, what: str, key: str | None, fields: Mapping[str, object]) -> "_Made | None":
+        """What was made for the first request with this key, while it is kept. Raises Conflict if that was another."""
         kept = self._answers.get((who.uid, what, key)) if key is not None else None
-        return kept[1] if kept is not None and kept[0] > time.monotonic() else None
+        if kept is None or kept[0] <= time.monotonic():
+            return None
+        if kept[1].fields != fields:
+            raise Conflict("this Idempotency-Key was used for another request: take a new one")
+        return kept[1]
 
-    def _keep(self, who: Identity, what: str, key: str | None, answer: bytes) -> None:
+    def _keep(self, who: Identity, what: str, key: str | None, made: "_Made") -> None:
         if key is not None:
-            self._answers[who.uid, what, key] = (time.monotonic() + _ANSWERS_KEPT_S, answer)
+            self._answers[who.uid, what, key] = (time.monotonic() + _ANSWERS_KEPT_S, made)
             if len(self._answers) > _ANSWERS_KEPT:
                 self._answers.popitem(last=False)
 
 
-def _again(answer: bytes) -> Response:
-    return Response(answer, 201, {"Idempotency-Replayed": "true"}, media_type="application/json")
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A secret that was just made: as JSON, and as the one line that a shell wants."""
+
+    shown: Mapping[str, object]
+    line: str
+    fields: Mapping[str, object]
+    location: str | None = None
+
+
+def _made(request: Request, made: _Made, *, again: bool = False) -> Response:
+    headers = {"Location": made.location} if made.location else {}
+    if again:
+        headers["Idempotency-Replayed"] = "true"
+    if wants_text(request):
+        return Text(made.line + "\n", 201, headers)
+    return Json(made.shown, 201, headers)
 
 
 def _scopes(value: object, who: Identity) -> frozenset[Scope]:

@@ -79,7 +79,8 @@ def _end(cut: asyncio.Timeout) -> None:
 class Stream(Response):
     """An answer whose body comes piece by piece until it ends, the client goes, or its credential does.
 
-    `heartbeat` is sent whenever nothing else was for a while; empty where every byte counts.
+    `heartbeat` is sent whenever nothing else was for a while; empty where every byte counts. `close` is called at the
+    end, whether anything was sent or not.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Stream(Response):
         status: int = 200,
         headers: Mapping[str, str] | None = None,
         heartbeat: bytes = b"",
+        close: Callable[[], None] | None = None,
     ) -> None:
         self.status_code = status
         self.media_type = media_type
@@ -99,9 +101,17 @@ class Stream(Response):
         self._streams = streams
         self._chunks = body
         self._heartbeat = heartbeat
+        self._close = close
         self._sent = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._answer(scope, receive, send)
+        finally:
+            if self._close is not None:
+                self._close()
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         if scope["method"] == "HEAD":
             await send(start)
@@ -117,6 +127,8 @@ class Stream(Response):
         except TimeoutError:
             if not cut.expired():
                 raise
+            if "content-length" in self.headers:  # cut short: an end that looks proper would be a lie
+                return
         await send({"type": "http.response.body", "body": b""})
 
     async def _pump(self, cut: asyncio.Timeout, receive: Receive, send: Send) -> None:

@@ -57,7 +57,7 @@ class LogsApi:
             headers["Content-Range"] = content_range(*span, size)
             body = self._kept(job, attempt, *span)
         elif follow:
-            body = self._followed(who, job, max(1, attempt), offset, stay=asked.text("attempt") is not None)
+            body = self._followed(who, job, max(1, attempt), offset, stay="attempt" in asked)
         else:
             body = self._kept(job, attempt, offset, size)
         return Stream(self._streams, body, media_type=_TEXT, status=206 if span else 200, headers=headers)
@@ -76,7 +76,7 @@ class LogsApi:
             if len(wanted) > _QUERY_BYTES:
                 raise Invalid(f"q: longer than {_QUERY_BYTES} bytes", (FieldError("q", "is too long"),))
             work = partial(log_lines.find, log, wanted, start, count, back=direction == "back")
-        elif asked.text("around") is not None:
+        elif "around" in asked:
             work = partial(log_lines.around, log, asked.integer("around", 0), count)
         else:
             work = partial(log_lines.window, log, start, count)
@@ -119,15 +119,13 @@ class LogsApi:
         return job
 
     async def _place(self, request: Request, asked: Parameters, job: Job, attempt: int) -> tuple[int, int]:
-        """(the byte to begin with, the bytes there are). A reconnecting stream's Last-Event-ID counts most."""
+        """(the byte to begin with, the bytes there are). Last-Event-ID counts most, then `tail`, then `offset`."""
         log = LogFile(self._jobs.attempt_folder(job.id, attempt))
         size = await asyncio.to_thread(log.size) if attempt else 0
         last = request.headers.get("last-event-id", "")
         if last.isascii() and last.isdigit() and len(last) <= 19:
             offset = int(last)
-        elif asked.text("tail") is not None:
-            if asked.text("offset") is not None:
-                raise Invalid("give offset or tail, not both", (FieldError("tail", "not together with offset"),))
+        elif "tail" in asked:
             lines = asked.integer("tail", 0, 0, _TAIL_MAX)
             offset = await asyncio.to_thread(log.tail_offset, lines) if lines and attempt else size
         else:

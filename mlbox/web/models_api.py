@@ -6,6 +6,7 @@ from starlette.responses import Response
 from mlbox.config import size_bytes
 from mlbox.errors import FieldError, Invalid
 from mlbox.identity import Identity
+from mlbox.scheduler import values
 from mlbox.serving.deployments import VersionInfo
 from mlbox.web import bodies
 from mlbox.web.answers import Json, Text, model_json, table, version_json
@@ -55,9 +56,11 @@ class ModelsApi:
     async def _from_job(self, request: Request, who: Identity, name: str, version: int | None) -> VersionInfo:
         fields = await bodies.fields_of(request)
         bodies.known_only(fields, ("job", "path"))
-        job_id, path = fields.get("job"), fields.get("path", f"{name}.onnx")
-        if not isinstance(job_id, int) or isinstance(job_id, bool):
-            raise Invalid("job: wants the id of a job", (FieldError("job", "wants the id of a job"),))
+        path = fields.get("path", f"{name}.onnx")
+        try:
+            job_id = values.integer(1, values.INT64_MAX)(fields.get("job"))
+        except values.Bad as error:
+            raise Invalid(f"job: {error}", (FieldError("job", str(error)),)) from None
         if not isinstance(path, str) or "\0" in path:
             raise Invalid("path: wants the path of an artifact", (FieldError("path", "wants a path"),))
         job = await self._jobs.get(who, job_id)

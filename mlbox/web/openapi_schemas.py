@@ -1,6 +1,7 @@
 """The values of the interface as JSON Schema (2020-12), for `/openapi.json`."""
 
 from collections.abc import Mapping
+from typing import cast
 
 from mlbox.identity import Role, Scope
 from mlbox.jobs import JobState, Reason
@@ -46,6 +47,8 @@ _MEMORY: Json = {
     ]
 }
 
+_ARTIFACT: Json = {"type": "string", "pattern": "^[A-Za-z0-9_]{1,50}$"}
+
 _SUBMIT: Json = {
     "command": {
         "type": "string",
@@ -83,6 +86,21 @@ _SUBMIT: Json = {
 """A subset of what is understood: strings are taken for numbers, too, as a form needs it."""
 
 _FORM: Json = {**_SUBMIT, "env": {"type": "string", "pattern": "^[A-Z]{1,10}=[ -~]*$"}}
+
+
+def _written(name: str) -> Json:
+    """The JSON forms of a field: its own, a string that means the same, and null, which is as if it were not there."""
+    kind = cast("Json", _SUBMIT[name])
+    strings: Json = {"integer": {"pattern": "^[0-9]{1,2}$"}, "number": {"pattern": "^[1-9][0-9]{0,4}s?$"}}
+    more: list[Json] = [{"type": "null"}]
+    if kind.get("type") in strings:
+        more.append({"type": "string", **cast("Json", strings[str(kind["type"])])})
+    if kind.get("type") == "boolean":
+        more.append({"enum": ["true", "false", "yes", "no", "on", "off", "1", "0", 1, 0]})
+    return {"anyOf": [kind, *more]}
+
+
+_JSON: Json = {name: kind if name in ("command", "script") else _written(name) for name, kind in _SUBMIT.items()}
 
 
 def _one_of(properties: Json) -> Json:
@@ -216,9 +234,9 @@ SCHEMAS: Json = {
         },
         required=("type", "title", "status", "detail"),
     ),
-    "Submit": _one_of(_SUBMIT),
+    "Submit": _one_of(_JSON),
     "SubmitForm": _one_of(_FORM),
-    "SubmitUpload": _one_of({**_FORM, "code": {"type": "string", "format": "binary", "description": "tar.gz or zip"}}),
+    "SubmitUpload": _one_of({**_FORM, "code": {"type": "string", "format": "binary", "description": "An archive."}}),
     "JobChange": {
         **an_object({"priority": _SUBMIT["priority"], "time_limit": _DURATION}, required=()),
         "minProperties": 1,
@@ -265,7 +283,9 @@ SCHEMAS: Json = {
         }
     ),
     "ModelVersion": an_object(_VERSION),
-    "DeployJob": an_object({"job": _whole(1, 2**63 - 1), "path": _TEXT}, required=("job",)),
+    "DeployJob": an_object(
+        {"job": _whole(1, 2**63 - 1), "path": {"type": "string", "pattern": "^[A-Za-z0-9_]{1,50}$"}}, required=("job",)
+    ),
     "Token": TOKEN,
     "NewToken": an_object(
         {

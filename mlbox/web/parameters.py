@@ -1,5 +1,6 @@
 """The query of an address, read strictly: unknown names and values that cannot be meant are refused. Pure."""
 
+import re
 from typing import NoReturn, TypedDict
 
 from starlette.requests import Request
@@ -12,6 +13,7 @@ from mlbox.web import bodies
 LIST_MAX = 1000
 _LIST_DEFAULT = 100
 _INT64 = 2**63 - 1
+_NUMBER = re.compile(r"\d{1,12}(\.\d{1,20})?([eE][+-]?\d{1,2})?")
 _WORDS = {"1": True, "true": True, "yes": True, "on": True, "": True, "0": False, "false": False, "no": False}
 
 
@@ -34,6 +36,9 @@ class Parameters:
         self._values = bodies.form_fields(query, repeatable=repeatable)
         bodies.known_only(self._values, known)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
     def many(self, name: str) -> list[str]:
         """Every value of a repeatable parameter, commas taken apart."""
         value = self._values.get(name, "")
@@ -41,23 +46,24 @@ class Parameters:
         return [word.strip() for text in texts for word in text.split(",") if word.strip()]
 
     def text(self, name: str) -> str | None:
-        """The value; None where it is missing or empty."""
-        return ",".join(self.many(name)) or None if name in self._values else None
+        """The value; None where it is missing or empty, as a page's form sends what was not filled in."""
+        value = self._values.get(name)
+        return value if isinstance(value, str) and value else None
 
     def integer(self, name: str, default: int, low: int = 0, high: int = _INT64) -> int:
-        text = self.text(name)
-        if text is None:
+        if name not in self:
             return default
+        text = self.text(name) or ""
         if not (text.isascii() and text.isdigit() and len(text) <= 19 and low <= int(text) <= high):
             _refuse(name, f"wants a whole number from {low} to {high}, got {text[:40]!r}")
         return int(text)
 
     def seconds(self, name: str, default: float, high: float) -> float:
-        text = self.text(name)
-        if text is None:
+        if name not in self:
             return default
+        text = self.text(name) or ""
         try:
-            number = values.seconds(text)
+            number = float(text) if _NUMBER.fullmatch(text) else values.seconds(text)
         except values.Bad as error:
             _refuse(name, str(error))
         if number > high:

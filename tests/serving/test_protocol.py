@@ -369,7 +369,8 @@ class TestRaw:
     def test_one_free_dimension_follows_from_the_length(self) -> None:
         assert self.raw(bytes(24), ("x", "FP32", (2, ANY))).shape == (2, 3)
 
-    def test_the_batch_is_one(self) -> None:
+    def test_the_batch_is_one_unless_it_is_all_that_is_free(self) -> None:
+        assert self.raw(bytes(24), ("x", "FP32", (ANY, 2)), max_batch=8).shape == (3, 2)
         assert self.raw(bytes(24), ("x", "FP32", (ANY, ANY)), max_batch=8).shape == (1, 6)
 
     def test_a_string_has_no_length_before_it(self) -> None:

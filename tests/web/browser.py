@@ -11,7 +11,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-PROGRAM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+PROGRAM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
 _FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -36,6 +38,7 @@ class Page:
         self._ids = count(1)
         self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._session: str | None = None
+        self._loaded = asyncio.Event()
         self.console: list[str] = []
         """What scripts logged, threw, or were kept from doing by the content security policy."""
 
@@ -45,6 +48,8 @@ class Page:
                 message = json.loads((await self._read.readuntil(b"\0"))[:-1])
                 if "id" in message:
                     self._answers.pop(message["id"]).set_result(message)
+                elif message["method"] == "Page.loadEventFired":
+                    self._loaded.set()
                 elif message["method"] in ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled"):
                     self.console.append(json.dumps(message["params"]))
 
@@ -67,12 +72,18 @@ class Page:
             await self.ask(f"{domain}.enable")
 
     async def goto(self, url: str) -> None:
+        self._loaded.clear()
         await self.ask("Page.navigate", url=url)
-        await self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
+        async with asyncio.timeout(30):
+            await self._loaded.wait()
 
     async def look(self, *, width: int = 1280, height: int = 900, dark: bool = False, scale: float = 1) -> None:
         await self.ask(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=width < 600
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=scale,
+            mobile=width < 600,
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         await self.ask("Emulation.setEmulatedMedia", features=[scheme])
@@ -84,13 +95,13 @@ class Page:
 
     async def until(self, script: str, patience_s: float = 20) -> Any:
         """The first truthy value of `script`."""
+        look = f"const value = ({script}); if (value) done(value); else setTimeout(look, 30);"
         async with asyncio.timeout(patience_s):
-            while not (value := await self.evaluate(script)):
-                await asyncio.sleep(0.05)
-        return value
+            return await self.evaluate(f"new Promise((done) => {{ const look = () => {{ {look} }}; look(); }})")
 
-    async def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode((await self.ask("Page.captureScreenshot", format="png"))["data"]))
+    async def screenshot(self) -> bytes:
+        """What is seen, as PNG."""
+        return base64.b64decode((await self.ask("Page.captureScreenshot", format="png"))["data"])
 
 
 @contextlib.asynccontextmanager
@@ -112,7 +123,7 @@ async def chromium(profile: Path) -> AsyncGenerator[Page]:
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.DEVNULL,
-        preexec_fn=place,  # noqa: PLW1509
+        preexec_fn=place,
         close_fds=False,
         start_new_session=True,
     )

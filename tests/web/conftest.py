@@ -11,6 +11,9 @@ from tests.web.harness import Box, running_box
 
 @pytest_asyncio.fixture
 async def box(tmp_path: Path) -> AsyncGenerator[Box]:
-    config = Config(server=ServerConfig(body_max="8M", followers_max=20, followers_per_user=10), scheduler=SchedulerConfig(cpu_slots=2))
+    config = Config(
+        server=ServerConfig(body_max="8M", followers_max=20, followers_per_user=10),
+        scheduler=SchedulerConfig(cpu_slots=2),
+    )
     async with running_box(tmp_path, config) as running:
         yield running

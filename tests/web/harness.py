@@ -1,9 +1,9 @@
-"""The web room as its users meet it, in this process: real database, scheduler, shims and sockets around the real app."""
+"""The web room as its users meet it, in this process: the real app amid a real database, scheduler and sockets."""
 
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,12 +41,6 @@ async def eventually(what: str, probe: Callable[[], Awaitable[T]], patience_s: f
                 return answer
             await asyncio.sleep(0.02)
     raise AssertionError(what)
-
-
-class _Jobs(JobService):
-    def under_way(self, job_id: int, attempt: int) -> bool:
-        active = self._state.active.get(job_id)
-        return active is not None and active.attempt == attempt
 
 
 class Box:
@@ -141,7 +135,7 @@ async def running_box(
             surroundings=Surroundings.of(config.jobs, os.environ, f"http://{box.address}", folder / "bin"),
             repair_s=1.0,
         )
-        box.jobs = _Jobs(
+        box.jobs = JobService(
             database=box.database,
             events=box.events,
             folders=box.folders,
@@ -215,10 +209,3 @@ async def _end_jobs(box: Box) -> None:
         return not box.scheduled.active
 
     await eventually("every job has ended", none_left)
-
-
-def text_of(events: Sequence[tuple[str, str]]) -> str:
-    """The text of the `log` events."""
-    import json
-
-    return "".join(json.loads(data) for kind, data in events if kind == "log")

@@ -22,7 +22,7 @@ from mlbox.serving.server.models import Models, Version
 from mlbox.serving.server.sessions import LoadFailed
 from mlbox.serving.server.store import Unsettled
 from mlbox.serving.server.versions import Decision, Standing, decide
-from mlbox.serving.server.watch import Look, look
+from mlbox.serving.server.watch import Look, Watcher, look
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class _Folder:
 
 
 class Lifecycle:
-    """Loads, replaces and drops versions. `run` is a task of its own."""
+    """Loads, replaces and drops versions. `run` and `watch` are tasks of their own."""
 
     def __init__(self, models_folder: Path, models: Models, loader: Loader, *, settle_s: float) -> None:
         self._models_folder = models_folder
@@ -69,18 +69,20 @@ class Lifecycle:
         self._folders: dict[str, _Folder] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
+        self._watcher = Watcher(models_folder, self._wake.set)
         self._looking = False
         self._passes = 0
         self._passed = asyncio.Condition()
-        self._began = time.monotonic()
+        self._began = self._decided_at = time.monotonic()
         self.ready = False
         """Whether the first look is dealt with: everything that could be loaded is."""
 
-    def hint(self) -> None:
-        """Something may have changed: look."""
-        self._wake.set()
+    async def watch(self) -> None:
+        """Notice changes of the folder, for ever."""
+        await self._watcher.run()
 
     async def run(self) -> None:
+        """Follow the folder, for ever."""
         while True:
             self._wake.clear()
             self._looking = True
@@ -139,7 +141,7 @@ class Lifecycle:
         for name in sorted(ignored.keys() - self._models.ignored.keys()):
             log.warning("model folder: %r is passed over: %s", name, ignored[name])
         self._models.ignored = dict(ignored)
-        now = time.monotonic()
+        now = self._decided_at = time.monotonic()
         for name in looks.keys() - self._folders.keys():
             self._folders[name] = _Folder(name, {})
         for name, folder in list(self._folders.items()):
@@ -159,6 +161,7 @@ class Lifecycle:
             folder.policy = found.policy
         fingerprints: Mapping[int, Fingerprint] = found.versions if found is not None else {}
         for number in fingerprints.keys() - folder.versions.keys():
+            self._watcher.renew()
             folder.versions[number] = _Tracked(self._models.known(folder.name, number))
         for number, tracked in folder.versions.items():
             seen = fingerprints.get(number)
@@ -205,13 +208,13 @@ class Lifecycle:
         return max(tracked.since + self._settle_s, tracked.not_before)
 
     def _at_rest(self, name: str) -> bool:
-        """Whether nothing is under way with this model."""
+        """Whether nothing is under way with this model, as of the last pass."""
         folder = self._folders.get(name)
         if folder is None or folder.held:
             return True
-        now = time.monotonic()
         return not folder.decision.load and all(
-            now >= self._rests_at(tracked) and not tracked.version.loading for tracked in folder.versions.values()
+            self._decided_at >= self._rests_at(tracked) and not tracked.version.loading
+            for tracked in folder.versions.values()
         )
 
     # Loads and drops

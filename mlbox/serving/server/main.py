@@ -23,7 +23,6 @@ from mlbox.serving.server.models import Models
 from mlbox.serving.server.routes import Routes, RouteSettings
 from mlbox.serving.server.sessions import SessionSettings
 from mlbox.serving.server.store import Store
-from mlbox.serving.server.watch import watch
 from mlbox.transport import Config, Server
 
 log = logging.getLogger(__name__)
@@ -80,7 +79,7 @@ async def _serve(options: argparse.Namespace) -> None:
     async with asyncio.TaskGroup() as group:
         background = [
             group.create_task(access.watch(), name="access"),
-            group.create_task(watch(options.models, lifecycle.hint), name="watch"),
+            group.create_task(lifecycle.watch(), name="watch"),
             group.create_task(lifecycle.run(), name="lifecycle"),
         ]
         await server.serve(sockets)

@@ -1,0 +1,125 @@
+import os
+from pathlib import Path
+
+import httpx
+import pytest
+
+from mlbox.errors import Invalid, MlboxError, NotFound
+from mlbox.web import artifacts
+from tests.web.harness import Box
+
+BAD_PATHS = [
+    "..", "../x", "a/../../x", "/etc/passwd", "a//b", "a/", ".", "./a", "a/.", "a/..", "\0", "a\0b", "x" * 256,
+    "a/" * 40 + "b", "",
+]  # fmt: skip
+SPELLINGS = [
+    "../attempt-1/launch.json", "%2e%2e/attempt-1/launch.json", "%2e%2e%2fattempt-1%2flaunch.json", "..%5cx",
+    "%252e%252e/attempt-1/launch.json", "a%00b", "/etc/passwd", "%2fetc%2fpasswd", "....//x", "%c0%ae%c0%ae/x", "%ff",
+]  # fmt: skip
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    folder = tmp_path / "out"
+    (folder / "plots").mkdir(parents=True)
+    (folder / "model.onnx").write_bytes(b"weights")
+    (folder / "plots" / "loss.csv").write_text("1,2\n")
+    (tmp_path / "secret").write_text("not the job's")
+    return folder
+
+
+def read(out: Path, path: str) -> bytes:
+    fd, size = artifacts.open_file(out, path)
+    with os.fdopen(fd, "rb") as file:
+        content = file.read()
+    assert len(content) == size
+    return content
+
+
+def test_plain_files_are_listed_and_read(out: Path) -> None:
+    assert [(file.path, file.size) for file in artifacts.listing(out)] == [("model.onnx", 7), ("plots/loss.csv", 4)]
+    assert read(out, "plots/loss.csv") == b"1,2\n"
+    assert artifacts.listing(out / "nothing") == []
+
+
+@pytest.mark.parametrize("path", BAD_PATHS)
+def test_a_path_that_could_lead_elsewhere_is_refused(out: Path, path: str) -> None:
+    with pytest.raises(Invalid):
+        artifacts.open_file(out, path)
+    upload = out.parent / "upload"
+    upload.write_bytes(b"x")
+    with pytest.raises(Invalid):
+        artifacts.store(out, path, upload)
+
+
+def test_links_and_what_is_no_file_are_not_there(out: Path) -> None:
+    (out / "link").symlink_to(out.parent / "secret")
+    (out / "folder-link").symlink_to(out.parent)
+    os.mkfifo(out / "fifo")
+    (out / "loop").symlink_to("loop")
+    for path in ("link", "folder-link/secret", "fifo", "loop", "plots", "model.onnx/x", "nothing", "nothing/x"):
+        with pytest.raises(NotFound):
+            artifacts.open_file(out, path)
+    assert [file.path for file in artifacts.listing(out)] == ["model.onnx", "plots/loss.csv"]
+
+
+def test_the_folder_itself_may_not_be_a_link(out: Path) -> None:
+    link = out.parent / "out-link"
+    link.symlink_to(out)
+    with pytest.raises(OSError):
+        artifacts.open_file(link, "model.onnx")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file away")
+def test_a_file_of_another_owner_is_not_the_jobs(out: Path) -> None:
+    os.link(out.parent / "secret", out / "hard")
+    os.chown(out.parent / "secret", 65534, 65534)
+    with pytest.raises(NotFound):
+        artifacts.open_file(out, "hard")
+    assert "hard" not in [file.path for file in artifacts.listing(out)]
+
+
+def test_a_stored_file_never_lands_outside(out: Path) -> None:
+    (out / "away").symlink_to(out.parent)
+    upload = out.parent / "upload"
+    for path in ("away/x", "model.onnx/x", "plots"):
+        upload.write_bytes(b"x")
+        with pytest.raises(MlboxError):
+            artifacts.store(out, path, upload)
+    upload.write_bytes(b"new")
+    artifacts.store(out, "deep/er/file", upload)
+    assert read(out, "deep/er/file") == b"new"
+    assert sorted(path.name for path in out.parent.iterdir()) == ["out", "secret"]
+
+
+async def test_artifacts_are_downloads_and_never_pages(box: Box) -> None:
+    job = await box.submit(
+        "printf '<script>alert(1)</script>' > $MLBOX_OUT/a.html; mkdir $MLBOX_OUT/ä; echo 1 > \"$MLBOX_OUT/ä/b c\""
+    )
+    await box.wait(job["id"])
+    base = f"/api/jobs/{job['id']}/artifacts"
+    assert [file["path"] for file in (await box.http.get(base)).json()["artifacts"]] == ["a.html", "ä/b c"]
+    page = await box.http.get(f"{base}/a.html")
+    assert page.content == b"<script>alert(1)</script>"
+    assert page.headers["content-type"] == "application/octet-stream"
+    assert page.headers["content-disposition"].startswith("attachment")
+    assert page.headers["content-security-policy"].startswith("sandbox")
+    assert page.headers["x-content-type-options"] == "nosniff"
+    assert page.headers["cross-origin-resource-policy"] == "same-origin"
+    assert (await box.http.get(f"{base}/ä/b c")).text == "1\n"
+    part = await box.http.get(f"{base}/a.html", headers={"Range": "bytes=1-6"})
+    assert (part.status_code, part.content, part.headers["content-range"]) == (206, b"script", "bytes 1-6/25")
+    assert (await box.http.get(f"{base}/a.html", headers={"Range": "bytes=99-"})).status_code == 416
+    head = await box.http.head(f"{base}/a.html")
+    assert (head.status_code, head.headers["content-length"], head.content) == (200, "25", b"")
+    assert (await box.http.get(f"{base}/none")).status_code == 404
+    assert (await box.http.put(f"{base}/x", content=b"x")).status_code == 403
+
+
+async def test_no_spelling_of_an_address_leads_out_of_the_artifacts(box: Box) -> None:
+    job = await box.submit()
+    await box.wait(job["id"])
+    for spelling in SPELLINGS:
+        url = httpx.URL("http://mlbox").copy_with(raw_path=f"/api/jobs/{job['id']}/artifacts/{spelling}".encode())
+        answer = await box.http.get(url)
+        assert answer.status_code in (400, 404), (spelling, answer.status_code)
