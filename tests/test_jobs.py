@@ -73,6 +73,9 @@ async def test_the_database_allows_exactly_the_moves_of_the_table(
         "UPDATE jobs SET priority = 101",
         "UPDATE jobs SET gpus = 'two'",
         "UPDATE job_counts SET count = -1",
+        "INSERT INTO jobs (user, uid, name, project, command, gpus, grace_s, priority, retries, requeue, hold, state,"
+        " submitted_at, idempotency_key) SELECT user, uid, name, project, command, gpus, grace_s, priority, retries,"
+        " requeue, hold, 'queued', 1, 'the same' FROM jobs, (VALUES (1), (2))",
     ],
 )
 async def test_the_schema_refuses_what_cannot_be(database: Database, sql: str) -> None:

@@ -167,7 +167,7 @@ def _logs() -> Json:
                     _query("from", offset),
                     _query("count", {"type": "integer", "minimum": 1, "maximum": 2000}),
                     _query("around", offset),
-                    _query("q", {"type": "string", "maxLength": 250}),
+                    _query("q", {"type": "string"}),
                     _query("dir", {"enum": ["on", "back"]}),
                 ],
             ),

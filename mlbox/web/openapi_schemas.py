@@ -52,24 +52,21 @@ _ARTIFACT: Json = {"type": "string", "pattern": "^[A-Za-z0-9_]{1,50}$"}
 _SUBMIT: Json = {
     "command": {
         "type": "string",
-        "maxLength": 30_000,
         "pattern": r"^[^\u0000]*[!-~][^\u0000]*$",
         "description": "A shell command line.",
     },
     "script": {
         "type": "string",
-        "maxLength": 200_000,
         "pattern": r"^#![!-~]+\n[^\u0000#]*$",
         "description": "A script with its own `#!`; its #MLBOX and #SBATCH lines are read.",
     },
-    "workdir": {"type": "string", "maxLength": 1000, "pattern": r"^/[^\u0000]*$", "description": "An existing folder."},
+    "workdir": {"type": "string", "pattern": r"^/[^\u0000]*$", "description": "An existing folder."},
     "name": _LABEL,
     "project": _LABEL,
     "env": {
         "type": "object",
         "propertyNames": {"pattern": "^(?!MLBOX_)[A-Za-z_][A-Za-z0-9_]{0,100}$"},
-        "additionalProperties": {"type": "string", "maxLength": 2000, "pattern": r"^[^\u0000]*$"},
-        "maxProperties": 50,
+        "additionalProperties": {"type": "string", "pattern": r"^[^\u0000]*$"},
     },
     "gpus": {**_whole(0, 1024), "description": "Whole GPUs."},
     "cpus": {**_whole(1, 65_536), "description": "Cores."},
@@ -291,7 +288,7 @@ SCHEMAS: Json = {
         {
             "name": _LABEL,
             "scopes": {"type": "array", "items": {"enum": list(Scope)}, "minItems": 1},
-            "expires": {"anyOf": [_DURATION, {"const": "never"}]},
+            "expires": {"anyOf": [_DURATION, {"enum": ["never", None]}]},
         },
         required=(),
     ),

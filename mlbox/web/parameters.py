@@ -13,7 +13,7 @@ from mlbox.web import bodies
 LIST_MAX = 1000
 _LIST_DEFAULT = 100
 _INT64 = 2**63 - 1
-_NUMBER = re.compile(r"\d{1,12}(\.\d{1,20})?([eE][+-]?\d{1,2})?")
+_NUMBER = re.compile(r"\d{1,20}(\.\d{1,20})?([eE][+-]?\d{1,3})?")
 _WORDS = {"1": True, "true": True, "yes": True, "on": True, "": True, "0": False, "false": False, "no": False}
 
 

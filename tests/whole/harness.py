@@ -1,5 +1,6 @@
 """A real daemon as its users meet it: a process of its own, asked over its Unix socket and killed at will."""
 
+import http.client
 import json
 import os
 import signal
@@ -35,6 +36,18 @@ def connects(path: Path) -> bool:
     """Whether somebody listens on a Unix socket. (httpx leaks its socket when nobody does.)"""
     with socket.socket(socket.AF_UNIX) as probe:
         return probe.connect_ex(str(path)) == 0
+
+
+class UnixConnection(http.client.HTTPConnection):
+    """A connection that whoever opened it surely closes, also when the other end is killed (httpx leaks it)."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("mlbox", timeout=60)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(str(self._path))
 
 
 class Daemon:

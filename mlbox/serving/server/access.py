@@ -92,7 +92,10 @@ class Access:
         if kind.lower() != "bearer" or not token or len(token) > _TOKEN_BYTES_MAX:
             raise Unauthenticated("the Authorization header must be 'Authorization: Bearer <token>'")
         # Looking up a digest tells an attacker by its timing nothing that would help to find a token for it.
-        credential = self._tokens.get(digest(token))
+        sha256 = digest(token)
+        if sha256 not in self._tokens:
+            self.look()  # it may be so new that the file was not looked at since
+        credential = self._tokens.get(sha256)
         if credential is None:
             raise Unauthenticated("this token is not known, or it was revoked")
         if credential.expires is not None and credential.expires <= time.time():

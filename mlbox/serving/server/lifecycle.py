@@ -93,6 +93,12 @@ class Lifecycle:
                 async with asyncio.timeout(wait_s):
                     await self._wake.wait()
 
+    async def until_ready(self) -> None:
+        """Return when the first look is dealt with, or has taken too long."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_READY_AT_LATEST_S), self._passed:
+                await self._passed.wait_for(lambda: self.ready)
+
     async def load(self, name: str, timeout_s: float) -> None:
         """Load what the policy picks, also what was refused before; returns when it is served.
 

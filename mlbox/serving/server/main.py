@@ -82,6 +82,8 @@ async def _serve(options: argparse.Namespace) -> None:
             group.create_task(lifecycle.watch(), name="watch"),
             group.create_task(lifecycle.run(), name="lifecycle"),
         ]
+        # After a restart, a request waits for its model in the socket's backlog rather than hear that there is none.
+        await lifecycle.until_ready()
         await server.serve(sockets)
         for task in background:
             task.cancel()
