@@ -85,7 +85,7 @@ def explain(job: WaitingJob, box: Box, ahead: int, head: int | None, now: float)
     if not ahead and wanted <= free:
         return "it is about to start"
     free_now = "none is free" if free == 0 else f"{free} {'is' if free == 1 else 'are'} free"
-    busy = "; ".join(f"GPU {gpu.index} {gpu.busy}" for gpu in box.gpus if job.gpus and gpu.busy is not None)
+    busy = "; ".join(f"GPU {gpu.index}: {gpu.busy}" for gpu in box.gpus if job.gpus and gpu.busy is not None)
     return f"it needs {_count(wanted, noun)}, {free_now} of {total}{': ' + busy if busy else ''}"
 
 

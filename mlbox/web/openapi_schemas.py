@@ -37,7 +37,7 @@ _LABEL: Json = {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"}
 _DURATION: Json = {
     "anyOf": [
         {"type": "number", "minimum": 1, "maximum": 316_224_000},
-        {"type": "string", "pattern": "^[1-9][0-9]{0,5}(s|min|m|h)?$", "description": "90, 90m, 2h; also 1-12:00:00"},
+        {"type": "string", "pattern": "^[1-9][0-9]{0,3}(s|min|m|h)?$", "description": "90, 90m, 2h; also 1-12:00:00"},
     ]
 }
 _MEMORY: Json = {
@@ -287,7 +287,7 @@ SCHEMAS: Json = {
     "NewToken": an_object(
         {
             "name": _LABEL,
-            "scopes": {"type": "array", "items": {"enum": list(Scope)}, "minItems": 1},
+            "scopes": _maybe({"type": "array", "items": {"enum": list(Scope)}, "minItems": 1}),
             "expires": {"anyOf": [_DURATION, {"enum": ["never", None]}]},
         },
         required=(),

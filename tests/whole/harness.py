@@ -81,7 +81,10 @@ class Daemon:
         assert self._process is not None
         if self._process.poll() is not None:
             raise AssertionError(f"the daemon ended with {self._process.returncode}:\n{self.log()}")
-        return connects(self.state / "mlbox.sock") and self.http.get("/readyz").status_code == 200
+        try:
+            return connects(self.state / "mlbox.sock") and self.http.get("/readyz").status_code == 200
+        except httpx.TransportError:
+            return False  # a connection kept from the daemon before
 
     @property
     def pid(self) -> int:
