@@ -97,7 +97,7 @@ def test_every_waiting_job_has_a_reason_of_one_sentence(
 
 
 def test_the_lowest_free_gpus_are_taken_in_the_order_of_the_queue() -> None:
-    plan = place([waiting(1, gpus=2), waiting(2, gpus=1)], [], box(None, "is held by job 9", None, None))
+    plan = place([waiting(1, gpus=2), waiting(2, gpus=1)], [], box(None, "leased by job 9", None, None))
     assert plan.starts == (
         Start(job_id=1, gpu_uuids=("GPU-0", "GPU-2")),
         Start(job_id=2, gpu_uuids=("GPU-3",)),
@@ -105,15 +105,15 @@ def test_the_lowest_free_gpus_are_taken_in_the_order_of_the_queue() -> None:
 
 
 def test_a_wide_job_is_never_overtaken_by_narrow_ones_behind_it() -> None:
-    plan = place([waiting(1, gpus=2), waiting(2, gpus=1)], [waiting(3)], box(None, "is held by job 9"))
+    plan = place([waiting(1, gpus=2), waiting(2, gpus=1)], [waiting(3)], box(None, "leased by job 9"))
     assert plan.starts == (Start(job_id=3, gpu_uuids=()),)
     assert (plan.gpu_head, plan.slot_head) == (1, None)
 
 
 def test_reasons_say_what_is_needed_what_is_there_and_who_has_it() -> None:
-    full = box("is held by job 9", "is foreign: bob's python (pid 7)", slots=4, used=4)
+    full = box("leased by job 9", "bob's python (pid 7)", slots=4, used=4)
     assert explain(waiting(1, gpus=1), full, 0, 1, NOW) == (
-        "it needs 1 GPU, none is free of 2: GPU 0 is held by job 9; GPU 1 is foreign: bob's python (pid 7)"
+        "it needs 1 GPU, none is free of 2: GPU 0: leased by job 9; GPU 1: bob's python (pid 7)"
     )
     assert explain(waiting(2, gpus=1), full, 1, 1, NOW) == "1 job before it waits for GPUs, first job 1"
     assert explain(waiting(3, gpus=2), full, 2, 1, NOW) == "2 jobs before it wait for GPUs, first job 1"
@@ -127,7 +127,7 @@ def test_reasons_say_what_is_needed_what_is_there_and_who_has_it() -> None:
 
 
 def test_what_can_never_start_is_said_with_what_to_ask_for() -> None:
-    assert impossible(2, 0, box(None, "is held by job 9")) is None
+    assert impossible(2, 0, box(None, "leased by job 9")) is None
     assert impossible(0, 4, box(slots=4)) is None
     assert impossible(9, 0, box(None, None)) == "the job asks 9 GPUs; this box has 2 GPUs: ask for 2 or fewer"
     assert "gpus=0" in str(impossible(1, 0, box()))

@@ -85,7 +85,8 @@ class Box:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """The deployments' own task, from a restart on; an error in it is raised."""
-        task = asyncio.create_task(self.restarted().run())
+        self.deployments = self.restarted()
+        task = asyncio.create_task(self.deployments.run())
         try:
             yield
         finally:
@@ -98,17 +99,17 @@ class Box:
         """The records once nothing is left to do."""
         async with self.running(), asyncio.timeout(20):
             while True:
+                candidates = await self.database.read(queries.candidates)
                 records = await self.records()
-                done = all(record.deployed_at or record.failed_at for record in records)
-                if done and not await self.database.read(queries.candidates):
+                if not candidates and all(record.deployed_at or record.failed_at for record in records):
                     return records
                 await asyncio.sleep(0.01)
 
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.01)  # a file has no event
+        while not condition():  # noqa: ASYNC110  # a file has no event
+            await asyncio.sleep(0.01)
 
 
 def _succeeded(connection: sqlite3.Connection, model: str | None) -> Job:

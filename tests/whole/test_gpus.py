@@ -48,7 +48,7 @@ def test_jobs_are_pinned_to_gpus_of_their_own_first_come_first_served(box: Daemo
     assert {tuple(box.job(job_id)["gpu_uuids"]) for job_id in jobs[:2]} == {(UUIDS[0],), (UUIDS[1],)}
     assert states(box) == {UUIDS[0]: "leased", UUIDS[1]: "leased"}
     why = box.job(jobs[2])["pending"]["why"]
-    assert why.startswith("it needs 1 GPU, none is free of 2: GPU 0 ")
+    assert why.startswith("it needs 1 GPU, none is free of 2: GPU 0: ")
     assert f"job {jobs[0]}" in why
     for gate in gates:
         gate.touch()
