@@ -7,6 +7,7 @@ import os
 import shlex
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,20 @@ from mlbox import __version__, config
 EXIT_USAGE = 2
 EXIT_UNREACHABLE = 69
 """EX_UNAVAILABLE in sysexits.h: there is no daemon to ask."""
+EXIT_HUNG_UP = 141
+"""128 + SIGPIPE: whoever read our output is gone, as with `mlbox log 12 | head`."""
 _CHUNK = 64 << 10
+_WAIT_S = 60
+"""How long one request waits for the end of a job, and how long `wait` bears with a daemon that is restarting."""
+_ASK_AGAIN_S = 1.0
 
 
 class _Refused(Exception):
     """The daemon refused; the text is its own."""
+
+
+class _HungUp(Exception):
+    """Nobody reads our output any more."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _Refused as error:
         print(f"mlbox: {error}", file=sys.stderr)
         return 1
+    except _HungUp:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
+        return EXIT_HUNG_UP
     except (OSError, http.client.HTTPException) as error:
         print(f"mlbox: {_where(options)} does not answer: {error}", file=sys.stderr)
         return EXIT_UNREACHABLE
@@ -68,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--requeue", action="store_const", const="true", help="again after a crash of the box")
     submit.add_argument("--hold", action="store_const", const="true", help="wait for a release")
     submit.add_argument("--wait", action="store_true", help="wait for the end; exit with the job's own status")
-    submit.add_argument("command", nargs="+", help="the command line")
+    submit.add_argument("command", nargs=argparse.PARSER, help="the command line; all that follows it is its own")
 
     listed = command("ls", _list, "List jobs: mlbox ls [state].")
     listed.add_argument("wanted", nargs="?", help="only jobs in this state, such as queued or running")
@@ -128,6 +141,10 @@ def _check_config(options: argparse.Namespace) -> int:
 
 def _submit(options: argparse.Namespace) -> int:
     words: list[str] = options.command
+    if words[0] == "--":
+        words = words[1:]
+    if not words:
+        raise _Refused("nothing to run: write mlbox submit [options] -- command")
     fields: dict[str, Any] = {"command": words[0] if len(words) == 1 else shlex.join(words)}
     for field in (
         "name", "project", "gpus", "cpus", "mem", "time_limit", "priority", "retries", "model", "requeue", "hold"
@@ -140,8 +157,7 @@ def _submit(options: argparse.Namespace) -> int:
         fields["workdir"] = str(Path(options.workdir).absolute())
     job = _ask(options, "POST", "/api/jobs", fields)
     if not options.wait:
-        print(json.dumps(job, indent=2) if options.json else job["id"])
-        return 0
+        return _answer(options, job, str(job["id"]))
     options.job = job["id"]
     return _wait(options)
 
@@ -160,22 +176,28 @@ def _plain(path: str) -> Callable[[argparse.Namespace], int]:
 
 
 def _wait(options: argparse.Namespace) -> int:
+    """The job's own status. Jobs survive a restart of the daemon, and so does waiting for one."""
+    patience_until = time.monotonic()  # a daemon that is not there at first is not there
     while True:
-        job = _ask(options, "GET", f"/api/jobs/{options.job}/wait?timeout=60")
+        try:
+            job = _ask(options, "GET", f"/api/jobs/{options.job}/wait?timeout={_WAIT_S}")
+        except (OSError, http.client.HTTPException):
+            if time.monotonic() >= patience_until:
+                raise
+            time.sleep(_ASK_AGAIN_S)
+            continue
         if job["ended_at"]:
             break
-    print(json.dumps(job, indent=2) if options.json else f"job {job['id']} {job['state']}: {job['cause']}")
-    if job["signal"]:
-        return 128 + int(job["signal"])
-    if job["exit_code"] is not None:
-        return int(job["exit_code"])
-    return 0 if job["state"] == "succeeded" else 1
+        patience_until = time.monotonic() + _WAIT_S
+    _answer(options, job, f"job {job['id']} {job['state']}: {job['cause']}")
+    if job["state"] == "succeeded":
+        return 0
+    return 128 + job["signal"] if job["signal"] else job["exit_code"] or 1
 
 
 def _act(options: argparse.Namespace) -> int:
     job = _ask(options, "POST", f"/api/jobs/{options.job}/{options.verb}")
-    print(json.dumps(job, indent=2) if options.json else f"job {job['id']}: {job['state']}")
-    return 0
+    return _answer(options, job, f"job {job['id']}: {job['state']}")
 
 
 def _log(options: argparse.Namespace) -> int:
@@ -185,22 +207,19 @@ def _log(options: argparse.Namespace) -> int:
     with _connection(options) as connection:
         response = _send(connection, "GET", f"/api/jobs/{options.job}/log?{urlencode(query)}", None, "text/plain")
         while chunk := response.read1(_CHUNK):
-            sys.stdout.buffer.write(chunk)
-            sys.stdout.buffer.flush()
+            _write(chunk)
     return 0
 
 
 def _token(options: argparse.Namespace) -> int:
     fields = {"name": options.name, "scopes": options.scope or ["read", "submit", "infer"], "expires": options.expires}
     made = _ask(options, "POST", "/api/tokens", {key: value for key, value in fields.items() if value is not None})
-    print(json.dumps(made, indent=2) if options.json else made["token"])
-    return 0
+    return _answer(options, made, made["token"])
 
 
 def _login(options: argparse.Namespace) -> int:
     made = _ask(options, "POST", "/api/login-codes")
-    print(json.dumps(made, indent=2) if options.json else made["url"])
-    return 0
+    return _answer(options, made, made["url"])
 
 
 # Talking to the daemon
@@ -236,7 +255,12 @@ def _where(options: argparse.Namespace) -> str:
 
 
 def _socket_path(options: argparse.Namespace) -> Path:
-    return config.load(None, [f"state={json.dumps(options.state)}"] if options.state else []).socket_path
+    """Where the daemon of that state folder says that it listens, else where it does if nothing says otherwise."""
+    settings = config.load(None, [f"state={json.dumps(options.state)}"] if options.state else [])
+    try:
+        return Path(json.loads((settings.state_folder / "endpoints.json").read_bytes())["socket"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return settings.socket_path
 
 
 def _connection(options: argparse.Namespace) -> _Connection:
@@ -244,12 +268,22 @@ def _connection(options: argparse.Namespace) -> _Connection:
     url = os.environ.get("MLBOX_URL")
     if options.state or not url:
         return _Connection(_UnixConnection(_socket_path(options)), {})
-    parts = urlsplit(url)
+    token = os.environ.get("MLBOX_TOKEN", "")
+    if not (token.isascii() and token.isprintable()):
+        raise _Refused("MLBOX_TOKEN holds what no token does: copy it once more")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise _Refused(_bad_url(url)) from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise _Refused(f"MLBOX_URL is {url!r}: it must look like http://HOST:8470")
+        raise _Refused(_bad_url(url))
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    token = os.environ.get("MLBOX_TOKEN")
-    return _Connection(kind(parts.hostname, parts.port), {"Authorization": f"Bearer {token}"} if token else {})
+    return _Connection(kind(parts.hostname, port), {"Authorization": f"Bearer {token}"} if token else {})
+
+
+def _bad_url(url: str) -> str:
+    return f"MLBOX_URL is {url!r}: it must look like http://HOST:8470"
 
 
 def _send(
@@ -282,5 +316,19 @@ def _print(options: argparse.Namespace, path: str) -> int:
     """Print an answer as the daemon writes it for people, or as JSON."""
     with _connection(options) as connection:
         kind = "application/json" if options.json else "text/plain"
-        sys.stdout.write(_send(connection, "GET", path, None, kind).read().decode())
+        _write(_send(connection, "GET", path, None, kind).read())
     return 0
+
+
+def _answer(options: argparse.Namespace, answer: Any, text: str) -> int:
+    """Print `answer` as JSON where that is wanted, else `text`."""
+    _write((json.dumps(answer, indent=2) if options.json else text).encode() + b"\n")
+    return 0
+
+
+def _write(data: bytes) -> None:
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise _HungUp from None

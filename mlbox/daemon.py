@@ -11,9 +11,11 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine
+import threading
+from collections.abc import Callable, Coroutine, Generator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import uvloop
@@ -21,7 +23,7 @@ import uvloop
 from mlbox import __version__, transport
 from mlbox.config import Config, host_port
 from mlbox.database import Database, FolderLock
-from mlbox.errors import Conflict, MlboxError
+from mlbox.errors import Conflict, MlboxError, Unavailable
 from mlbox.events import GPUS, Events
 from mlbox.scheduler import launching
 from mlbox.scheduler.executors.local import LocalExecutor
@@ -34,7 +36,7 @@ from mlbox.scheduler.service import JobService
 from mlbox.scheduler.state import SchedulerState
 from mlbox.serving.deployments import Deployments
 from mlbox.serving.supervisor import InferenceSupervisor
-from mlbox.web.app import Doors, create_app
+from mlbox.web.app import Doors, WebApp, create_app
 from mlbox.web.credentials import Credentials
 from mlbox.web.problems import protocol_error
 
@@ -46,6 +48,8 @@ EXIT_TAKEN = 75
 _FIRST_SAMPLE_S = 3.0
 """How long a start waits for the GPUs before it answers without knowing them."""
 _DRAIN_S = 5.0
+_STUBBORN_S = 10.0
+"""How long the process waits at its end for threads that the kernel holds (a dead network file system, say)."""
 
 
 def serve(config: Config) -> int:
@@ -61,13 +65,32 @@ def serve(config: Config) -> int:
     except OSError as error:
         log.error("the state folder %s cannot be used: %s", state, error)
         return EXIT_TROUBLE
+    daemon = _Daemon(config, state)
     try:
-        return uvloop.run(_Daemon(config, state).run())
-    except MlboxError as error:
-        log.error("mlbox cannot start: %s", error)
-        return EXIT_TAKEN
+        return uvloop.run(daemon.run())
+    except Exception as error:
+        causes = list(_causes(error))
+        for cause in causes:
+            _report(cause, "mlbox stops" if daemon.was_ready else "mlbox cannot start")
+        if not daemon.was_ready and all(isinstance(cause, Unavailable) for cause in causes):
+            return EXIT_TAKEN
+        return EXIT_TROUBLE
     finally:
+        daemon.ended()
         lock.release()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    """What runs, each as a task of its own."""
+
+    gpus: GpuInventory
+    loop: Loop
+    deployments: Deployments
+    credentials: Credentials
+    supervisor: InferenceSupervisor | None
+    app: WebApp
+    server: transport.Server
 
 
 class _Daemon:
@@ -76,23 +99,45 @@ class _Daemon:
         self._state = state
         self._ready: str | None = "starting: what ran before is being taken up"
         self._endpoints: dict[str, str] = {}
+        self._leaving: threading.Timer | None = None
+        self.was_ready = False
 
     async def run(self) -> int:
+        """Make the parts and run them until told to stop. What a part dies of comes out as an ExceptionGroup."""
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        async with contextlib.AsyncExitStack() as cleanup:
-            listeners = self._listen(cleanup)
-            database = await Database.open(self._state / "mlbox.db")
-            cleanup.push_async_callback(database.close)
-            try:
-                await self._run_parts(database, listeners, stop)
-            except ExceptionGroup as trouble:
-                for error in trouble.exceptions:
-                    log.error("mlbox: a part of it died", exc_info=error)
-                return EXIT_TROUBLE
+        try:
+            async with contextlib.AsyncExitStack() as cleanup:
+                listeners = self._listen(cleanup)
+                database = await Database.open(self._state / "mlbox.db")
+                cleanup.push_async_callback(database.close)
+                cleanup.callback(_forget, self._endpoints_path)
+                parts = self._compose(database, listeners)
+                await parts.credentials.load()
+                await self._run_parts(parts, [listeners["http"], listeners["socket"]], stop)
+        finally:
+            self._leave()
+        if not stop.is_set():
+            log.error("mlbox: its web server ended by itself")
+            return EXIT_TROUBLE
         log.info("mlbox: stopped; running jobs go on")
         return 0
+
+    def _leave(self) -> None:
+        """See to it that the process ends, though a thread of it may hang."""
+        self._leaving = threading.Timer(_STUBBORN_S, os._exit, (EXIT_TROUBLE,))
+        self._leaving.daemon = True
+        self._leaving.start()
+
+    def ended(self) -> None:
+        """No thread hangs."""
+        if self._leaving is not None:
+            self._leaving.cancel()
+
+    @property
+    def _endpoints_path(self) -> Path:
+        return self._state / "endpoints.json"
 
     def _listen(self, cleanup: contextlib.AsyncExitStack) -> dict[str, socket.socket]:
         """Every listening socket, and in `endpoints` where they are."""
@@ -101,7 +146,7 @@ class _Daemon:
         cleanup.callback(listeners["http"].close)
         # Everybody may connect; who is let in is decided by the peer's uid.
         listeners["socket"] = transport.listen_unix(config.socket_path)
-        cleanup.callback(config.socket_path.unlink, missing_ok=True)
+        cleanup.callback(_forget, config.socket_path)
         cleanup.callback(listeners["socket"].close)
         if config.serving.enabled:
             listeners["infer_http"] = transport.listen_tcp(*host_port(config.serving.http))
@@ -112,13 +157,14 @@ class _Daemon:
         }
         return listeners
 
-    async def _run_parts(self, database: Database, listeners: dict[str, socket.socket], stop: asyncio.Event) -> None:
+    def _compose(self, database: Database, listeners: dict[str, socket.socket]) -> _Parts:
+        """Make every part and hand each its neighbours."""
         config, state = self._config, self._state
         events = Events()
         folders = Folders(state)
-        url = f"http://{self._endpoints['http']}"
         tools = state / "bin"
-        launching.offer_uv(tools, sys.executable)
+        with _tolerated("jobs do without the uv that came with mlbox"):
+            launching.offer_uv(tools, sys.executable)
         scheduled = SchedulerState(slots=config.scheduler.cpu_slots or os.cpu_count() or 1)
 
         def gpus_changed() -> None:
@@ -136,7 +182,7 @@ class _Daemon:
             gpus=gpus,
             executor=LocalExecutor(),
             state=scheduled,
-            surroundings=Surroundings.of(config.jobs, os.environ, url, tools),
+            surroundings=Surroundings.of(config.jobs, os.environ, f"http://{self._endpoints['http']}", tools),
             repair_s=config.scheduler.repair_s,
         )
         jobs = JobService(
@@ -151,7 +197,6 @@ class _Daemon:
         credentials = Credentials(
             database, job_of_token=jobs.job_of_token, session_s=3600 * config.server.session_hours
         )
-        await credentials.load()
         supervisor = None
         if "infer_http" in listeners:
             supervisor = InferenceSupervisor(
@@ -170,58 +215,68 @@ class _Daemon:
             out_folder=folders.out,
             served=lambda: supervisor.served if supervisor else None,
         )
-        logs = LogBoard()
-        doors = Doors(
-            config=config,
-            database=database,
-            events=events,
-            jobs=jobs,
-            gpus=gpus,
-            logs=logs,
-            deployments=deployments,
-            credentials=credentials,
-            endpoints=lambda: self._endpoints,
-            ready=lambda: self._ready,
-            owner_uid=os.getuid(),
-        )
-        app = create_app(doors)
-        server = transport.Server(
-            transport.Config(
-                app,
-                limits=transport.Limits(
-                    header_timeout_s=config.server.header_timeout_s, body_timeout_s=config.server.body_timeout_s
-                ),
-                drain_s=_DRAIN_S,
-                error_body=protocol_error,
+        app = create_app(
+            Doors(
+                config=config,
+                database=database,
+                events=events,
+                jobs=jobs,
+                gpus=gpus,
+                logs=LogBoard(),
+                deployments=deployments,
+                credentials=credentials,
+                endpoints=lambda: self._endpoints,
+                ready=lambda: self._ready,
+                owner_uid=os.getuid(),
             )
         )
+        limits = transport.Limits(
+            header_timeout_s=config.server.header_timeout_s, body_timeout_s=config.server.body_timeout_s
+        )
+        return _Parts(
+            gpus=gpus,
+            loop=loop,
+            deployments=deployments,
+            credentials=credentials,
+            supervisor=supervisor,
+            app=app,
+            server=transport.Server(transport.Config(app, limits=limits, drain_s=_DRAIN_S, error_body=protocol_error)),
+        )
+
+    async def _run_parts(self, parts: _Parts, sockets: list[socket.socket], stop: asyncio.Event) -> None:
+        """Run every part until `stop`, or until the web server ends; raises an ExceptionGroup when one of them dies."""
+
+        async def take_up() -> None:
+            await parts.gpus.wait_first(_FIRST_SAMPLE_S)
+            await parts.loop.recover()
+
         async with asyncio.TaskGroup() as group:
-            tasks = [_spawn(group, "gpus", gpus.run)]
-            await gpus.wait_first(_FIRST_SAMPLE_S)
-            await loop.recover()
-            tasks.append(_spawn(group, "scheduler", loop.run))
-            tasks.append(_spawn(group, "logs", logs.run))
-            tasks.append(_spawn(group, "deployments", deployments.run))
-            tasks.append(_spawn(group, "credentials", credentials.run))
-            if supervisor:
-                tasks.append(_spawn(group, "inference", supervisor.run))
-            web = group.create_task(server.serve(sockets=[listeners["http"], listeners["socket"]]), name="web")
-            self._announce(gpus.current().message)
-            await _first(stop.wait(), web)
-            self._ready = "stopping"
-            app.stop()
-            server.stop()
-            await web
+            tasks = [_spawn(group, "gpus", parts.gpus.run), _spawn(group, "recovery", take_up)]
+            await _first(stop, tasks[-1])
+            if not stop.is_set():
+                tasks.append(_spawn(group, "scheduler", parts.loop.run))
+                tasks.append(_spawn(group, "deployments", parts.deployments.run))
+                tasks.append(_spawn(group, "credentials", parts.credentials.run))
+                if parts.supervisor:
+                    tasks.append(_spawn(group, "inference", parts.supervisor.run))
+                web = group.create_task(parts.server.serve(sockets=sockets), name="web")
+                self._announce(parts.gpus.current().message)
+                await _first(stop, web)
+                self._ready = "stopping"
+                parts.app.stop()
+                parts.server.stop()
+                await web
             for task in reversed(tasks):
                 task.cancel()
 
     def _announce(self, gpus: str) -> None:
         """Say where everything is: in `endpoints.json` for programs, in the log for people."""
-        self._ready = None
-        path = self._state / "endpoints.json"
+        self._ready, self.was_ready = None, True
+        path = self._endpoints_path
         fresh = path.with_suffix(".new")
-        fresh.write_bytes(msgspec.json.format(msgspec.json.encode(self._endpoints)) + b"\n")
-        fresh.replace(path)
+        with _tolerated(f"{path} does not tell programs where mlbox is"):
+            fresh.write_bytes(msgspec.json.format(msgspec.json.encode(self._endpoints)) + b"\n")
+            fresh.replace(path)
         log.info(
             "mlbox %s: ready (%s); %s",
             __version__,
@@ -234,13 +289,44 @@ def _spawn(group: asyncio.TaskGroup, name: str, part: Callable[[], Coroutine[Any
     return group.create_task(part(), name=name)
 
 
-async def _first(wish: Coroutine[Any, Any, Any], web: asyncio.Task[None]) -> None:
-    """Return when somebody wishes the daemon to stop, or its web server ended by itself."""
-    waiting = asyncio.ensure_future(wish)
+async def _first(stop: asyncio.Event, part: asyncio.Task[None]) -> None:
+    """Return when somebody wishes the daemon to stop, or `part` has ended by itself."""
+    waiting = asyncio.ensure_future(stop.wait())
     try:
-        await asyncio.wait({waiting, web}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({waiting, part}, return_when=asyncio.FIRST_COMPLETED)
     finally:
         waiting.cancel()
+
+
+def _causes(error: Exception) -> Iterator[Exception]:
+    """`error`, or what is in it where it is a group (of groups)."""
+    if isinstance(error, ExceptionGroup):
+        for part in cast("ExceptionGroup[Exception]", error).exceptions:
+            yield from _causes(part)
+    else:
+        yield error
+
+
+def _report(error: Exception, what: str) -> None:
+    """One line for what a person can mend, a traceback for what nobody foresaw."""
+    if isinstance(error, (MlboxError, OSError)):
+        log.error("%s: %s", what, error)
+    else:
+        log.error("%s: a part of it died", what, exc_info=error)
+
+
+@contextlib.contextmanager
+def _tolerated(consequence: str) -> Generator[None]:
+    """A full or read-only disk costs a convenience, not the daemon."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s: %s", consequence, error)
+
+
+def _forget(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _address(listener: socket.socket) -> str:

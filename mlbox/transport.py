@@ -148,10 +148,10 @@ class Protocol(HttpToolsProtocol):
         if self._head_bytes + len(self.url) > self.limits.header_bytes:
             self.refuse(431, f"The head of a request may have {self.limits.header_bytes} bytes.")
             return
+        super().on_headers_complete()  # raises for an address that is none: then the head is all there was
         self._receiving = _Receiving.BODY
         self._body_at = self.loop.time()
         self._expect(self.limits.body_timeout_s)
-        super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         if self._refused:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from mlbox.database import Database
-from mlbox.errors import Conflict, Denied, Impossible, NotFound, TooMany, Unavailable
+from mlbox.errors import Conflict, Denied, FieldError, Impossible, Invalid, NotFound, TooMany, Unavailable
 from mlbox.events import GPUS, JOBS, Events, job_topic
 from mlbox.identity import Identity
 from mlbox.jobs import Job, JobSpec, JobState
-from mlbox.scheduler import placement, queue
+from mlbox.scheduler import placement, queue, unpack
 from mlbox.scheduler.folders import Folders
 from mlbox.scheduler.gpus import GpuInventory, Nvml
 from mlbox.scheduler.queue import Attempt
@@ -70,13 +70,15 @@ class JobService:
         """Queue a job and return it and True; or the one that `idempotency_key` made before and False.
 
         When this returns, the job is on disk for good. `code` is a file in `incoming_folder`; it is moved away.
-        Raises Denied, Impossible, TooMany, Unavailable.
+        Raises Denied, Impossible, TooMany, Unavailable, and Invalid for an archive that would not be unpacked.
         """
         if who.job_id is not None:
             raise Denied(f"the token of job {who.job_id} cannot submit jobs: use a token of your own")
         if idempotency_key and (earlier := await self._database.read(queue.of_key, who.uid, idempotency_key)):
             return earlier, False
         self._admit(who, spec)
+        if code is not None and retry_of is None:  # a retried job's archive was checked when it came
+            await asyncio.to_thread(_check_archive, code)
         return await _whole(self._submit(who, spec, code, idempotency_key, retry_of))
 
     async def _submit(
@@ -380,3 +382,11 @@ def _disk(what: str) -> Generator[None]:
 
 def _without_content(spec: JobSpec) -> JobSpec:
     return replace(spec, command="", script=None, env={}, workdir=None)
+
+
+def _check_archive(code: Path) -> None:
+    """Raises Invalid when the shim would refuse to unpack `code`. Blocking."""
+    try:
+        unpack.check(code)
+    except unpack.BadArchive as error:
+        raise Invalid(f"the code archive was refused: {error}", (FieldError("code", str(error)),)) from error

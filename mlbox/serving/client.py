@@ -1,12 +1,15 @@
 """What the daemon asks of the inference server: only the Open Inference Protocol, as any other client. Blocking."""
 
 import http.client
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import msgspec
 
 from mlbox.errors import Unavailable
+
+T = TypeVar("T")
 
 _TIMEOUT_S = 5.0
 
@@ -21,6 +24,18 @@ class ServedVersion:
     reason: str
 
 
+class _Row(msgspec.Struct, frozen=True):
+    """One row of the index as the protocol writes it; everything but the name may be left out."""
+
+    name: str
+    version: str = ""
+    state: str = ""
+    reason: str = ""
+
+
+_decode_rows = msgspec.json.Decoder(list[_Row]).decode
+
+
 class InferenceClient:
     """Speaks to one inference server. `host` and `port` are its HTTP address, `token` one with every scope it needs."""
 
@@ -30,22 +45,17 @@ class InferenceClient:
 
     def index(self) -> list[ServedVersion]:
         """Every version that the server knows. Raises Unavailable when it does not answer."""
-        rows: list[dict[str, Any]] = self._ask("POST", "/v2/repository/index")
         return [
             ServedVersion(
-                name=str(row["name"]),
-                version=int(row["version"]) if str(row.get("version", "")).isdigit() else None,
-                state=str(row.get("state") or "UNKNOWN"),
-                reason=str(row.get("reason") or ""),
+                name=row.name,
+                version=int(row.version) if row.version.isdecimal() and row.version.isascii() else None,
+                state=row.state or "UNKNOWN",
+                reason=row.reason,
             )
-            for row in rows
+            for row in self._ask("POST", "/v2/repository/index", _decode_rows)
         ]
 
-    def metadata(self, model: str) -> dict[str, Any]:
-        """The model's metadata. Raises Unavailable when it cannot be had."""
-        return self._ask("GET", f"/v2/models/{model}")
-
-    def _ask(self, method: str, path: str) -> Any:
+    def _ask(self, method: str, path: str, decode: Callable[[bytes], T]) -> T:
         connection = http.client.HTTPConnection(*self._address, timeout=_TIMEOUT_S)
         try:
             connection.request(method, path, headers={"Authorization": f"Bearer {self._token}"})
@@ -53,7 +63,7 @@ class InferenceClient:
             body = response.read()
             if response.status != 200:
                 raise Unavailable(f"the inference server answered {response.status} to {method} {path}")
-            return msgspec.json.decode(body)
+            return decode(body)
         except (OSError, http.client.HTTPException, msgspec.DecodeError) as error:
             raise Unavailable(f"the inference server does not answer: {error}") from error
         finally:

@@ -31,6 +31,8 @@ _BUSY_POLL_S = 0.5
 """How often the server is asked for its index while something in it changes, and otherwise:"""
 _IDLE_POLL_S = 5.0
 _BUSY_FOR_S = 10.0
+_SILENT_S = 15.0
+"""A server that did not answer for so long is said not to; it is left alone, for it may be at a large model."""
 _STEADY_S = 60.0
 """A server that lived this long is not blamed for the ends of those before it."""
 _LONGEST_DELAY_S = 60.0
@@ -63,6 +65,8 @@ class InferenceSupervisor:
         self._token = new_token()
         host, port = listener.getsockname()[:2]
         self._client = InferenceClient(_reachable(host), port, self._token)
+        self._access_due = False
+        self._answered_at = 0.0
         self._served: list[ServedVersion] | None = None
         self._why_down: str | None = None
 
@@ -77,25 +81,35 @@ class InferenceSupervisor:
         return self._why_down
 
     def write_access(self) -> None:
-        """Tell the server which tokens it may accept. Blocking, short; the file is replaced in one move."""
+        """Tell the server which tokens it may accept. Blocking, short; the file is replaced in one move.
+
+        Where the disk does not let it, the earlier file stays in force and `run` tries again.
+        """
         own = {"sha256": digest(self._token), "scopes": [Scope.INFER, Scope.DEPLOY], "expires": None}
-        self._access.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         fresh = self._access.with_suffix(".new")
-        fresh.unlink(missing_ok=True)
-        fresh.touch(mode=0o600)
-        fresh.write_bytes(msgspec.json.encode({"tokens": [own, *self._credentials()]}))
-        fresh.replace(self._access)
+        try:
+            self._access.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fresh.unlink(missing_ok=True)
+            fresh.touch(mode=0o600)
+            fresh.write_bytes(msgspec.json.encode({"tokens": [own, *self._credentials()]}))
+            fresh.replace(self._access)
+        except OSError as error:
+            log.error("inference server: which tokens are in force cannot be told it, and is tried again: %s", error)
+            self._access_due = True
+        else:
+            self._access_due = False
 
     async def run(self) -> None:
         """Keep the server running from the first model or request on, until cancelled."""
-        for folder in (self._models, self._store):
-            folder.mkdir(mode=0o755 if folder == self._models else 0o700, parents=True, exist_ok=True)
         self.write_access()
         await self._until_needed()
         delay_s = 1.0
         while True:
             began = time.monotonic()
-            self._why_down = await self._run_server()
+            try:
+                self._why_down = await self._run_server()
+            except OSError as error:
+                self._why_down = f"it cannot be started: {error}"
             self._served = None
             self._events.publish(MODELS)
             if time.monotonic() - began > _STEADY_S:
@@ -106,6 +120,8 @@ class InferenceSupervisor:
 
     async def _until_needed(self) -> None:
         """Return when the model folder holds a model or somebody connects."""
+        with contextlib.suppress(OSError):  # it is made again with the server, which says what is wrong
+            self._make_folders()
         loop = asyncio.get_running_loop()
         asked = asyncio.Event()
         loop.add_reader(self._listener, asked.set)
@@ -118,28 +134,34 @@ class InferenceSupervisor:
         finally:
             loop.remove_reader(self._listener)
 
+    def _make_folders(self) -> None:
+        self._models.mkdir(mode=0o755, parents=True, exist_ok=True)
+        self._store.mkdir(mode=0o700, parents=True, exist_ok=True)
+
     async def _run_server(self) -> str:
-        """Start the server and stay with it until it ends; returns how it ended."""
+        """Start the server and stay with it until it ends; returns how it ended. Raises OSError."""
+        self._make_folders()
+        if self._access_due:
+            self.write_access()
         alive_read, alive_write = os.pipe2(os.O_CLOEXEC)  # its end tells the server that the daemon is gone
         try:
-            server = subprocess.Popen(  # noqa: ASYNC220  # a few ms, once per server
-                [*self._command(), f"--fd={self._listener.fileno()}", f"--parent-fd={alive_read}"],
-                stdin=subprocess.DEVNULL,
-                stdout=sys.stderr.fileno(),
-                pass_fds=(self._listener.fileno(), alive_read),
-                start_new_session=True,
-            )
-        except OSError as error:
-            os.close(alive_write)
-            return f"it cannot be started: {error}"
+            try:
+                server = subprocess.Popen(  # noqa: ASYNC220  # a few ms, once per server
+                    [*self._command(), f"--fd={self._listener.fileno()}", f"--parent-fd={alive_read}"],
+                    stdin=subprocess.DEVNULL,
+                    stdout=sys.stderr.fileno(),
+                    pass_fds=(self._listener.fileno(), alive_read),
+                    start_new_session=True,
+                )
+            finally:
+                os.close(alive_read)
+            log.info("inference server: started (pid %d)", server.pid)
+            self._why_down = None
+            try:
+                return await self._stay_with(server)
+            finally:
+                await asyncio.shield(self._end(server))
         finally:
-            os.close(alive_read)
-        log.info("inference server: started (pid %d)", server.pid)
-        self._why_down = None
-        try:
-            return await self._stay_with(server)
-        finally:
-            await asyncio.shield(self._end(server))
             os.close(alive_write)
 
     def _command(self) -> list[str]:
@@ -161,36 +183,46 @@ class InferenceSupervisor:
         ]
 
     async def _stay_with(self, server: subprocess.Popen[bytes]) -> str:
-        ended = asyncio.Event()
         loop = asyncio.get_running_loop()
         pidfd = os.pidfd_open(server.pid)
-        loop.add_reader(pidfd, ended.set)
-        busy_until = time.monotonic() + _BUSY_FOR_S
+        ended = False
+
+        def on_end() -> None:
+            nonlocal ended
+            ended = True
+            loop.remove_reader(pidfd)
+            self._events.publish(MODELS)  # wakes this very task, too
+
+        loop.add_reader(pidfd, on_end)
+        self._answered_at = time.monotonic()
+        busy_until = self._answered_at + _BUSY_FOR_S
         try:
-            while not ended.is_set():
-                if await self._poll():
-                    busy_until = time.monotonic() + _BUSY_FOR_S
-                busy = time.monotonic() < busy_until or any(row.state == "LOADING" for row in self._served or ())
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_BUSY_POLL_S if busy else _IDLE_POLL_S):
-                        await ended.wait()
+            with self._events.subscribe(MODELS) as changes:
+                while not ended:
+                    await self._poll()
+                    if self._access_due:
+                        self.write_access()
+                    busy = time.monotonic() < busy_until or any(row.state == "LOADING" for row in self._served or ())
+                    if await changes.take(_BUSY_POLL_S if busy else _IDLE_POLL_S):
+                        busy_until = time.monotonic() + _BUSY_FOR_S
         finally:
             loop.remove_reader(pidfd)
             os.close(pidfd)
         status = server.wait()
         return f"it ended with {'signal' if status < 0 else 'exit code'} {abs(status)}"
 
-    async def _poll(self) -> bool:
-        """Ask the server what it serves; True when that changed."""
+    async def _poll(self) -> None:
+        """Ask the server what it serves."""
+        before = self._served
         try:
-            served = await asyncio.to_thread(self._client.index)
-        except Unavailable:
-            return False  # starting, or about to be seen to have ended
-        changed = served != self._served
-        self._served = served
-        if changed:
+            self._served = await asyncio.to_thread(self._client.index)
+        except Unavailable as error:  # starting, busy, or about to be seen to have ended
+            if time.monotonic() - self._answered_at > _SILENT_S:
+                self._served, self._why_down = None, f"it runs, but {error}"
+        else:
+            self._answered_at, self._why_down = time.monotonic(), None
+        if self._served != before:
             self._events.publish(MODELS)
-        return changed
 
     async def _end(self, server: subprocess.Popen[bytes]) -> None:
         """Let the server finish its requests, then make sure that it is gone."""

@@ -326,7 +326,8 @@ class TestTheLog:
         kept = sum(map(len, tail.values()))
         assert all(wrote[start:].startswith(data) for start, data in tail.items())
         segment_bytes = max(1, tail_bytes // shim.LOG_SEGMENTS)  # the oldest goes to make room for a new one
-        assert min(tail_bytes - 2 * segment_bytes, len(wrote) - head_bytes) < kept <= tail_bytes or not tail_bytes
+        least = (tail_bytes // segment_bytes - 1) * segment_bytes + 1
+        assert min(least, len(wrote) - head_bytes) <= kept <= tail_bytes
         assert ended.log_dropped_bytes == len(wrote) - len(attempt.log()) - kept
         assert max(start + len(data) for start, data in {0: attempt.log(), **tail}.items()) == len(wrote)
 

@@ -93,7 +93,7 @@ class InferenceServer:
     def start(self, *, wait: bool = True) -> "InferenceServer":
         command = [sys.executable, "-m", "mlbox.serving.server", "--fd", str(self.listener.fileno())]
         command += ["--models", str(self.models), "--store", str(self.store), "--access", str(self.access)]
-        command += ["--parent-fd", str(self.parent_read), "--gpu", "never", "--settle", "0.3", *self.options]
+        command += ["--parent-fd", str(self.parent_read), "--gpu", "never", "--settle", "0.15", *self.options]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stderr=log, pass_fds=(self.listener.fileno(), self.parent_read)
@@ -125,12 +125,20 @@ class InferenceServer:
         self.process.wait(20)
 
     def close(self) -> None:
+        """End the process, and see to it that nothing went wrong in it that no client noticed."""
         if self.process is not None and self.process.poll() is None:
-            self.kill()
+            self.process.terminate()
+            try:
+                self.process.wait(20)
+            finally:
+                self.process.kill()
+                self.process.wait(20)
         self.listener.close()
         for fd in (self.parent_read, self.parent_write):
             with suppress(OSError):
                 os.close(fd)
+        if self.log.exists():
+            assert "Traceback" not in self.log.read_text(), self.log.read_text()
 
     # Requests
 

@@ -324,7 +324,7 @@ async def main():
         await deployments.deploy_file(who, "digits", None, folder / "incoming" / "upload")
     else:
         running = asyncio.create_task(deployments.run())
-        while await database.read(queries.unfinished) or await database.read(queries.candidates):
+        while await database.read(queries.candidates) or await database.read(queries.unfinished):
             await asyncio.sleep(0.01)
         running.cancel()
     await database.close()

@@ -373,9 +373,15 @@ class TestNeverA500:
             b"GET /v2 HTTP/1.1\r\nHost: x\r\nA\0: b\r\n\r\n",
             b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n",
             b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+            b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"GET http://x HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n",
         ],
-        ids=["tls", "version", "negative length", "two lengths", "nul", "long url", "http2"],
-    )
+        ids=[
+            "tls", "version", "negative length", "two lengths", "nul", "long url", "http2", "connect",
+            "no path", "not ascii",
+        ],
+    )  # fmt: skip
     def test_what_is_not_http_is_refused_in_json(self, shared: InferenceServer, garbage: bytes) -> None:
         with socket.create_connection(("127.0.0.1", shared.port), timeout=10) as client:
             client.sendall(garbage)

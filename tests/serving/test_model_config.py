@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlbox.errors import Invalid
-from mlbox.serving.server import model_config, pbtxt
+from mlbox.serving.server import jsontext, model_config, pbtxt
 from mlbox.serving.server.model_config import ModelConfig, VersionPolicy
 from mlbox.serving.server.signature import ANY, TensorSpec
 from mlbox.serving.server.tensors import DATATYPES
@@ -69,6 +69,9 @@ class TestTextFormat:
             ("a: 1x", "line 1"),
             ("a: $", "line 1"),
             ("a: " + "1" * 5000, "line 1"),
+            ("a: 0x" + "f" * 17, "64 bits"),
+            ("a: -9223372036854775809", "64 bits"),
+            ("a: 1e999", "64 bits"),
             ("a {" * 50 + "}" * 50, "deeper than 32"),
         ],
     )
@@ -139,6 +142,24 @@ class TestWhatIsSaid:
     def test_what_may_not_be_said(self, text: str, why: str) -> None:
         with pytest.raises(Invalid, match=why):
             model_config.read(text, "m")
+
+
+FRAGMENTS = st.sampled_from(
+    [
+        "max_batch_size", "input", "output", "name", "dims", "data_type", "instance_group", "version_policy", "latest",
+        "specific", "versions", "parameters", "key", "value", ":", "{", "}", "[", "]", ",", "1", "-1", "0x7", "1e999",
+        "99999999999999999999", '"x"', '"m"', "'y'", "TYPE_FP32", "true", "nan", "-inf", "\n", "#",
+    ]
+)  # fmt: skip
+
+
+class TestWhateverIsSaid:
+    @given(st.lists(FRAGMENTS, max_size=30).map(" ".join))
+    @settings(max_examples=1000)
+    def test_it_is_refused_or_can_be_told(self, text: str) -> None:
+        with suppress(Invalid):
+            told = face(text, [spec("x", (ANY, 16))], [spec("y", (ANY,))])
+            assert jsontext.dumps(told)
 
 
 class TestWhatFollows:

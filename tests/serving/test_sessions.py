@@ -80,6 +80,14 @@ class TestFiles:
             with pytest.raises(LoadFailed):
                 load(tmp_path / "model.onnx", tmp_path)
 
+    def test_a_load_that_takes_too_long_is_given_up(self, tmp_path: Path) -> None:
+        count = 6000
+        nodes = [helper.make_node("Add", [f"a{number}", "w"], [f"a{number + 1}"]) for number in range(count)]
+        rows = [value(name, TensorProto.FLOAT, ["N", 4]) for name in ("a0", f"a{count}")]
+        made = model(nodes, rows[:1], rows[1:], [numpy_helper.from_array(np.ones(4, np.float32), "w")])
+        with pytest.raises(LoadFailed, match=r"not loaded within 0\.01 s"):
+            load(made, tmp_path, SessionSettings(load_timeout_s=0.01))
+
     def test_external_data_is_found_beside_the_model_and_missed_when_it_is_not_there(self, tmp_path: Path) -> None:
         path = save(onnx_models.table(2.0), tmp_path, external="weights.bin")
         (result,) = load(path, tmp_path).run({"i": np.array([0])}, ["y"], Stop())

@@ -241,3 +241,15 @@ async def test_an_upload_that_breaks_off_leaves_nothing(box: Box, tmp_path: Path
     write.close()
     await eventually("nothing of it is left", gone)
     assert (await box.http.get("/api/jobs")).json()["jobs"] == []
+
+
+async def test_an_archive_that_would_not_be_unpacked_is_refused_when_it_is_sent(box: Box) -> None:
+    hostile = io.BytesIO()
+    with tarfile.open(fileobj=hostile, mode="w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("../outside"), io.BytesIO())
+    answer = await box.http.post(
+        "/api/jobs", data={"command": "true"}, files={"code": ("c.tar.gz", hostile.getvalue())}
+    )
+    assert answer.status_code == 400
+    assert [error["field"] for error in answer.json()["errors"]] == ["code"]
+    assert "../outside" in answer.json()["detail"]

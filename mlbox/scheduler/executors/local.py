@@ -29,7 +29,6 @@ _RUN_SHIM = (
 _KEY = "MLBOX_ATTEMPT_KEY"
 _KILL_PATIENCE_S = 0.5
 """How long `kill_remains` waits for what it killed; the kernel needs a few ms, unless a driver holds the process."""
-
 _KILL_AGAIN_S = 0.01
 _HOLDER_TRIES = 10
 _HOLDER_PAUSE_S = 0.002
@@ -223,9 +222,10 @@ def _members(folder: Path, key: str) -> tuple[dict[int, processes.Process], set[
     if cgroup is not None:
         found |= processes.cgroup_pids(cgroup)
     started = _read(folder / "started.json", Started)
-    main = table.get(started.pid) if started is not None else None
-    if main is not None and started is not None and main.ticks == started.start_ticks:
-        found.add(main.pid)
+    if started is not None and started.boot_id == processes.boot_id():
+        main = table.get(started.pid)
+        if main is not None and main.ticks == started.start_ticks:
+            found.add(main.pid)
     holder = _holder(folder) if _held(folder) else None
     shim = {pid for pid, ticks in ([holder] if holder else []) if pid in table and table[pid].ticks == ticks}
     found |= processes.descendants(table, found | shim)

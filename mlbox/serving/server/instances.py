@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from mlbox.errors import Invalid, Unavailable
-from mlbox.serving.server.sessions import RunFailed, RunStopped, Session, Stop
+from mlbox.serving.server.sessions import DeviceFailed, RunFailed, RunStopped, Session, Stop
 from mlbox.serving.server.tensors import Array
 
 log = logging.getLogger(__name__)
@@ -85,6 +85,8 @@ class Instances:
             return future.result()
         except RunFailed as error:
             raise Invalid(f"onnxruntime refused the input of model '{self._model}': {error}") from error
+        except DeviceFailed as error:
+            raise Unavailable(f"the GPU of model '{self._model}' failed: {error}") from error
         except RunStopped as error:
             raise Unavailable(f"inference of model '{self._model}' took too long and was ended") from error
 

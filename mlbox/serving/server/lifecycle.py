@@ -86,8 +86,14 @@ class Lifecycle:
         while True:
             self._wake.clear()
             self._looking = True
-            wait_s = await self._pass()
-            self._looking = False
+            try:
+                wait_s = await self._pass()
+            except Exception:
+                # A folder that this program cannot make sense of must not end what it serves.
+                log.exception("looking at the model folder failed")
+                wait_s = _REPAIR_S
+            finally:
+                self._looking = False
             self.ready = self.ready or time.monotonic() > self._began + _READY_AT_LATEST_S
             with suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):

@@ -21,6 +21,7 @@ _TOKEN = re.compile(
 _ESCAPE = re.compile(rb"\\(?:x([0-9a-fA-F]{1,2})|([0-7]{1,3})|u([0-9a-fA-F]{4})|(.))", re.DOTALL)
 _SIMPLE = {b"n": b"\n", b"t": b"\t", b"r": b"\r", b"a": b"\a", b"b": b"\b", b"f": b"\f", b"v": b"\v"}
 _DEPTH_MAX = 32
+_DIGITS_MAX = 100
 _CLOSING = {"{": "}", "<": ">"}
 
 
@@ -141,16 +142,12 @@ def _add(fields: dict[str, Any], name: str, value: Any, *, many: bool) -> None:
 
 def _number(token: _Token) -> int | float:
     text = re.sub(r"\s", "", token.text)
-    try:
-        if re.fullmatch(r"-?0[xX][0-9a-fA-F]+", text):
-            return int(text, 16)
-        if re.fullmatch(r"-?0[0-7]+", text):
-            return int(text, 8)
-        if re.fullmatch(r"-?\d+", text):
-            return int(text)
-        return float(text.rstrip("fF"))
-    except ValueError as error:
-        raise BadText(f"line {token.line}: {token.text[:20]!r} is not a number") from error
+    bases = ((16, r"-?0[xX][0-9a-fA-F]+"), (8, r"-?0[0-7]+"), (10, r"-?\d+"))
+    base = next((base for base, form in bases if re.fullmatch(form, text)), None)
+    number = float(text.rstrip("fF")) if base is None else int(text[:_DIGITS_MAX], base)
+    if len(text) > _DIGITS_MAX or not -(2**63) <= number < 2**64:
+        raise BadText(f"line {token.line}: {token.text[:20]!r} is no number of 64 bits")
+    return number
 
 
 def _word(token: _Token) -> object:

@@ -191,7 +191,11 @@ class Routes:
             encode=partial(_answer, bodies.wanted_encoding(request.headers.get("accept-encoding", ""))),
             size=len(body),
         )
-        return await _while_connected(request.receive, self._plane.infer(name, number, wire))
+        try:
+            return await _while_connected(request.receive, self._plane.infer(name, number, wire))
+        except asyncio.CancelledError:
+            # Only a stop whose patience is at its end does this; there is still time to say so.
+            raise Unavailable("the server is stopping", retry_after_s=1.0) from None
 
 
 def _answer(encoding: str | None, response: protocol.InferResponse, wishes: Any) -> Response:

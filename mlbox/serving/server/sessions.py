@@ -45,6 +45,7 @@ _ONNX_BFLOAT16 = 16
 _SILENT = 4
 """ORT_LOGGING_LEVEL_FATAL: what fails is raised as well, and a client's bad request is no news for the log."""
 _PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+_DEVICE_TROUBLE = re.compile(r"CUDA|CUDNN|CUBLAS|allocate memory|out of memory", re.IGNORECASE)
 _WARM_UP_ELEMENTS_MAX = 1 << 28
 """Inputs that would be larger are not warmed up with; only a hostile model has them."""
 
@@ -61,6 +62,10 @@ class RunFailed(Exception):
 
 class RunStopped(Exception):
     """The run was ended before it was done."""
+
+
+class DeviceFailed(Exception):
+    """The GPU could not do it: its memory is taken, or it is in trouble. The input is not to blame."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +114,7 @@ class Session:
         self._through_values = BF16 in self._datatypes.values()
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str], stop: Stop) -> list[Array]:
-        """The values of `outputs`, in order. Raises RunFailed, RunStopped."""
+        """The values of `outputs`, in order. Raises RunFailed, RunStopped, DeviceFailed."""
         try:
             if self._through_values:
                 return self._run_values(feeds, outputs, stop)
@@ -117,6 +122,8 @@ class Session:
         except Exception as error:  # onnxruntime's errors have no common base but this
             if stop.requested:
                 raise RunStopped from error
+            if self.device != "cpu" and _DEVICE_TROUBLE.search(str(error)):
+                raise DeviceFailed(_plain(error)) from error
             raise RunFailed(_plain(error)) from error
 
     def close(self) -> None:
@@ -238,6 +245,8 @@ def _warmed_up(session: Session, settings: SessionSettings) -> Session:
         raise LoadFailed(
             f"its first run, on zeros, did not end within {settings.warm_up_timeout_s:g} s: does it loop for ever?"
         ) from error
+    except DeviceFailed as error:
+        raise LoadFailed(f"its first run failed on the GPU: {error}") from error
     except RunFailed as error:
         log.info("a model does not run on zeros and is served without a warm-up: %s", error)
     finally:
