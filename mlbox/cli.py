@@ -30,6 +30,10 @@ class _Refused(Exception):
     """The daemon refused; the text is its own."""
 
 
+class _Busy(OSError):
+    """The daemon is there, but cannot answer now."""
+
+
 class _HungUp(Exception):
     """Nobody reads our output any more."""
 
@@ -50,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
         return EXIT_HUNG_UP
     except (OSError, http.client.HTTPException) as error:
-        print(f"mlbox: {_where(options)} does not answer: {error}", file=sys.stderr)
+        print(f"mlbox: no answer from {_where(options)}: {error}", file=sys.stderr)
         return EXIT_UNREACHABLE
     except KeyboardInterrupt:
         return 130
@@ -143,8 +147,6 @@ def _submit(options: argparse.Namespace) -> int:
     words: list[str] = options.command
     if words[0] == "--":
         words = words[1:]
-    if not words:
-        raise _Refused("nothing to run: write mlbox submit [options] -- command")
     fields: dict[str, Any] = {"command": words[0] if len(words) == 1 else shlex.join(words)}
     for field in (
         "name", "project", "gpus", "cpus", "mem", "time_limit", "priority", "retries", "model", "requeue", "hold"
@@ -159,7 +161,7 @@ def _submit(options: argparse.Namespace) -> int:
     if not options.wait:
         return _answer(options, job, str(job["id"]))
     options.job = job["id"]
-    return _wait(options)
+    return _wait(options, bear_s=_WAIT_S)
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -175,9 +177,12 @@ def _plain(path: str) -> Callable[[argparse.Namespace], int]:
     return lambda options: _print(options, path)
 
 
-def _wait(options: argparse.Namespace) -> int:
-    """The job's own status. Jobs survive a restart of the daemon, and so does waiting for one."""
-    patience_until = time.monotonic()  # a daemon that is not there at first is not there
+def _wait(options: argparse.Namespace, bear_s: float = 0.0) -> int:
+    """The job's own status. Jobs survive a restart of the daemon, and so does waiting for one.
+
+    `bear_s`: how long a daemon may be away before it has answered once.
+    """
+    patience_until = time.monotonic() + bear_s
     while True:
         try:
             job = _ask(options, "GET", f"/api/jobs/{options.job}/wait?timeout={_WAIT_S}")
@@ -296,7 +301,8 @@ def _send(
     connection.http.request(method, path, body, headers)
     response = connection.http.getresponse()
     if response.status >= 400:
-        raise _Refused(_problem(response.read(), response.status))
+        problem = _problem(response.read(), response.status)
+        raise _Busy(problem) if response.status == 503 else _Refused(problem)
     return response
 
 

@@ -10,6 +10,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from mlbox.database import Database
@@ -94,17 +95,14 @@ class Attempts:
             active.trouble = str(error)
             log.warning("job %d: attempt %d goes on later: %s", active.job.id, active.attempt, error)
         else:
-            active.tries, active.trouble = 0, None
+            active.trouble = None
 
     async def _pause(self, active: Active) -> None:
         active.hint.clear()
         # Launches count as well: a shim that ends at once is no reason to start shims as fast as the box can.
-        with_launches = active.tries + active.launches
-        try:
-            async with asyncio.timeout(pause_s(with_launches)):
+        with suppress(TimeoutError):
+            async with asyncio.timeout(pause_s(max(active.tries, active.launches))):
                 await active.hint.wait()
-        except TimeoutError:
-            pass
 
     # What may be next
 
@@ -156,7 +154,7 @@ class Attempts:
         finally:
             loop.remove_reader(shim)
             os.close(shim)
-        active.next = Next.LOOK
+        active.next, active.tries = Next.LOOK, 0
 
     async def _look(self, active: Active) -> None:
         """Do what the recovery table says: it holds after a restart as well as after any end."""
@@ -193,7 +191,7 @@ class Attempts:
     async def _mark_running(self, active: Active) -> None:
         pair = (active.job.id, active.attempt)
         (job,) = await self._database.write(queue.running, [pair], now=active.began or time.time())
-        active.job = job
+        active.job, active.tries = job, 0
         if job.cancel_requested_at is not None:
             active.stop()
         numbers = [str(gpu.index) for gpu in self._gpus.current().gpus if gpu.uuid in active.gpu_uuids]

@@ -192,11 +192,12 @@ class JobService:
         code: Path | None = None
         try:
             with _disk(f"the code of job {job_id} cannot be copied"):
-                code = await asyncio.to_thread(self._folders.copy_code, job)
+                try:
+                    code = await asyncio.to_thread(self._folders.copy_code, job)
+                except FileNotFoundError:
+                    raise Conflict(f"the code of job {job_id} was removed: submit it anew") from None
             spec = replace(job.spec, hold=False, not_before=None)
             again, _ = await self.submit(who, spec, code=code, idempotency_key=idempotency_key, retry_of=job_id)
-        except FileNotFoundError:
-            raise Conflict(f"the code of job {job_id} was removed: submit it anew") from None
         finally:
             if code is not None:  # where the new job did not take it
                 await asyncio.to_thread(code.unlink, missing_ok=True)
@@ -371,11 +372,9 @@ async def _whole(work: Coroutine[Any, Any, T]) -> T:
 
 @contextmanager
 def _disk(what: str) -> Generator[None]:
-    """Trouble with the disk is told as Unavailable; a missing file is for the caller to explain."""
+    """Trouble with the disk is told as Unavailable."""
     try:
         yield
-    except FileNotFoundError:
-        raise
     except OSError as error:
         raise Unavailable(f"{what} now: {error}") from error
 

@@ -31,7 +31,10 @@ class Next(StrEnum):
 
 @dataclass(slots=True, kw_only=True)
 class Active:
-    """An attempt under way. `began` is when it was launched (Unix seconds); `trouble` is what is in the way now."""
+    """An attempt under way. `began` is when it was launched (Unix seconds).
+
+    `trouble` is what is in the way now, `tries` how often something was since it last got on.
+    """
 
     job: Job
     attempt: int

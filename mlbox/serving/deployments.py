@@ -139,9 +139,8 @@ class Deployments:
         Raises Denied, Invalid, Conflict, Unavailable.
         """
         _check(who, name, version)
-        async with self._turn:
-            record = await self._wish(who.user, name, version, job_id=None, path=_UPLOAD)
-            return await self._fulfil(record, Source(upload.parent, PurePath(upload.name)))
+        source = Source(upload.parent, PurePath(upload.name))
+        return await self._asked(who.user, name, version, source, job_id=None, path=_UPLOAD)
 
     async def deploy_job(self, who: Identity, name: str, version: int | None, job: Job, path: str) -> VersionInfo:
         """Deploy a file that `job` left in its artifacts. Raises Denied, Invalid, NotFound, Conflict, Unavailable."""
@@ -154,9 +153,20 @@ class Deployments:
             raise Invalid(f"{path[:80]!r} is not a path within the artifacts of job {job.id}")
         if not await asyncio.to_thread(os.path.isfile, self._out_folder(job.id) / relative):
             raise NotFound(f"job {job.id} left no file {path[:80]!r}: see GET /api/jobs/{job.id}/artifacts")
-        async with self._turn:
-            record = await self._wish(who.user, name, version, job_id=job.id, path=str(relative))
-            return await self._fulfil(record, self._source(job.id, record))
+        source = Source(self._out_folder(job.id), relative)
+        return await self._asked(who.user, name, version, source, job_id=job.id, path=str(relative))
+
+    async def _asked(
+        self, user: str, name: str, version: int | None, source: Source, *, job_id: int | None, path: str
+    ) -> VersionInfo:
+        """Deploy what somebody asked for by hand, and waits for; once begun it is finished though they go away."""
+
+        async def deploy() -> VersionInfo:
+            async with self._turn:
+                record = await self._wish(user, name, version, job_id=job_id, path=path)
+                return await self._fulfil(record, source)
+
+        return await asyncio.shield(asyncio.create_task(deploy(), name=f"deploy {name}"))
 
     async def _repair(self) -> None:
         """Fulfil what a crash, or the box's own trouble, interrupted."""

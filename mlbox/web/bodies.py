@@ -75,7 +75,10 @@ def form_fields(body: bytes, *, repeatable: frozenset[str] = frozenset()) -> dic
             max_num_fields=_FIELDS_MAX,
         )
     except ValueError as error:  # also bytes that are not ASCII and escapes that are not UTF-8
-        raise Invalid(f"the fields are not an urlencoded form (name=value&name=value): {error}") from None
+        raise Invalid(
+            f"the fields are not an urlencoded form (name=value&name=value): {error}; "
+            "send a value that holds & + or % with curl --data-urlencode"
+        ) from None
     return merged(pairs, repeatable)
 
 

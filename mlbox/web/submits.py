@@ -45,7 +45,10 @@ async def receiving_submit(request: Request, folder: Path, limit: int) -> AsyncG
             code_format = _archive(upload) if upload.size else None
             yield Submit(_together(fields, query), upload.path if code_format else None, code_format)
     else:
-        fields = _one_body(bodies.media_type_of(request), await bodies.read_body(request))
+        body = await bodies.read_body(request)
+        if not body and not query.keys() & {"command", "script"}:
+            raise Invalid("the body is empty: send a command, or a script with --data-binary @FILE (does it exist?)")
+        fields = _one_body(bodies.media_type_of(request), body)
         yield Submit(_together(fields, query))
 
 

@@ -493,9 +493,43 @@ async def test_an_upload_the_box_cannot_take_now_is_over_and_says_so(box: Box) -
         await box.deployments.deploy_file(WHO, "m", None, box.upload())
     (box.models / "m").unlink()
     (record,) = await box.settled()
-    assert record.failed_at is not None
+    assert "cannot be used now" in str(record.cause)
     assert not box.model("m", 1).exists()
     assert (await box.deployments.deploy_file(WHO, "m", None, box.upload())).version == 2
+
+
+async def test_what_was_asked_by_hand_is_not_done_later_behind_ones_back(box: Box) -> None:
+    job = await box.trained()
+    await box.settled()
+    (box.models / "m").write_text("a file where the model's folder should be")
+    with pytest.raises(Unavailable, match="cannot be used now"):
+        await box.deployments.deploy_job(WHO, "m", None, job, "digits.onnx")
+    (box.models / "m").unlink()
+    assert [record.deployed_at is None for record in await box.settled()] == [False, True]
+    assert not (box.models / "m").exists()
+
+
+async def test_an_upload_whose_sender_went_away_is_finished_all_the_same(box: Box) -> None:
+    upload = box.upload()
+    os.truncate(upload, 16 << 20)
+    deploying = asyncio.create_task(box.deployments.deploy_file(WHO, "m", None, upload))
+    await until(lambda: bool(box.halves()))
+    deploying.cancel()
+    assert (await box.deployments.deploy_file(WHO, "m", None, upload)).version == 2
+    assert all(record.deployed_at for record in await box.records())
+    assert box.halves() == []
+
+
+async def test_an_upload_under_way_is_not_taken_for_an_interrupted_one(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_REPAIR_S", 0.0)
+    upload = box.upload()
+    os.truncate(upload, 64 << 20)  # enough for many repairs while it is copied
+    async with box.running():
+        info = await box.deployments.deploy_file(WHO, "m", None, upload)
+    (record,) = await box.records()
+    assert (record.deployed_at, record.failed_at) == (info.deployed_at, None)
 
 
 async def test_an_empty_upload_is_refused_and_recorded(box: Box) -> None:

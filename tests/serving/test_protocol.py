@@ -83,7 +83,9 @@ class TestRoundTrips:
         assert (length is not None) == binary
         answer = jsontext.loads(body[:length] if length else body)
         assert isinstance(answer, dict)
-        request = jsontext.dumps({"inputs": answer["outputs"]}) if binary else body.replace(b'"outputs"', b'"inputs"')
+        request = (
+            jsontext.dumps({"inputs": answer["outputs"]}) if binary else body.replace(b'"outputs"', b'"inputs"', 1)
+        )
         blobs = body[length:] if length else b""
         parsed = protocol.parse(request + blobs, len(request) if binary else None, ONE)
         return answer, parsed.inputs["x"].array

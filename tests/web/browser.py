@@ -77,6 +77,13 @@ class Page:
         async with asyncio.timeout(30):
             await self._loaded.wait()
 
+    async def follow(self, script: str) -> None:
+        """Run `script`, which leads to another page, and wait for that."""
+        self._loaded.clear()
+        await self.evaluate(script)
+        async with asyncio.timeout(30):
+            await self._loaded.wait()
+
     async def look(self, *, width: int = 1280, height: int = 900, dark: bool = False, scale: float = 1) -> None:
         await self.ask(
             "Emulation.setDeviceMetricsOverride",

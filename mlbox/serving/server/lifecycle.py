@@ -71,6 +71,7 @@ class Lifecycle:
         self._wake = asyncio.Event()
         self._watcher = Watcher(models_folder, self._wake.set)
         self._looking = False
+        self._blind = False
         self._passes = 0
         self._passed = asyncio.Condition()
         self._began = self._decided_at = time.monotonic()
@@ -86,15 +87,12 @@ class Lifecycle:
         while True:
             self._wake.clear()
             self._looking = True
-            try:
-                wait_s = await self._pass()
-            except Exception:
-                # A folder that this program cannot make sense of must not end what it serves.
-                log.exception("looking at the model folder failed")
-                wait_s = _REPAIR_S
-            finally:
-                self._looking = False
+            wait_s = await self._pass_safely()
             self.ready = self.ready or time.monotonic() > self._began + _READY_AT_LATEST_S
+            async with self._passed:
+                self._passes += 1
+                self._looking = False
+                self._passed.notify_all()
             with suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
                     await self._wake.wait()
@@ -137,19 +135,28 @@ class Lifecycle:
         folder = self._folders[name]
         folder.held = True
         for tracked in folder.versions.values():
-            self._drop(name, tracked)
-            tracked.version.reason = "unloaded"
+            self._unload(name, tracked)
 
     # One pass
 
-    async def _pass(self) -> float:
-        """Look, decide, act; returns the seconds until the next look is due."""
+    async def _pass_safely(self) -> float:
+        """A pass, whose failure ends nothing of what is served."""
         try:
-            looks, ignored = await asyncio.to_thread(look, self._models_folder)
-        except OSError as error:
-            # A folder that is gone for a moment (a network file system, a mistake) takes nothing away from anybody.
-            log.warning("the model folder cannot be read, everything is served on: %s", error)
+            wait_s = await self._pass()
+        except Exception as error:
+            # A folder that is gone for a moment (a network file system, a mistake), or one that this program can make
+            # nothing of, takes nothing away from anybody. Said once, not every few seconds.
+            if not self._blind:
+                expected = isinstance(error, OSError)
+                log.error("the model folder cannot be read: what is served stays: %s", error, exc_info=not expected)
+            self._blind = True
             return _REPAIR_S
+        self._blind = False
+        return wait_s
+
+    async def _pass(self) -> float:
+        """Look, decide, act; returns the seconds until the next look is due. Raises OSError."""
+        looks, ignored = await asyncio.to_thread(look, self._models_folder)
         for name in sorted(ignored.keys() - self._models.ignored.keys()):
             log.warning("model folder: %r is passed over: %s", name, ignored[name])
         self._models.ignored = dict(ignored)
@@ -160,9 +167,6 @@ class Lifecycle:
             self._see(folder, looks.get(name), now)
             self._act(folder, now)
         self.ready = self.ready or all(map(self._at_rest, self._folders))
-        async with self._passed:
-            self._passes += 1
-            self._passed.notify_all()
         rests = [self._rests_at(each) - now for folder in self._folders.values() for each in folder.versions.values()]
         return max(0.01, min([_REPAIR_S, *(rest for rest in rests if rest > 0)]))
 
@@ -189,8 +193,7 @@ class Lifecycle:
             standings = {number: self._standing(tracked, now) for number, tracked in folder.versions.items()}
             folder.decision = decide(folder.policy, standings)
             for number in folder.decision.drop:
-                self._drop(folder.name, folder.versions[number])
-                folder.versions[number].version.reason = "unloaded"
+                self._unload(folder.name, folder.versions[number])
             for number in folder.decision.load:
                 self._start_load(folder, folder.versions[number])
         for number, tracked in list(folder.versions.items()):
@@ -257,14 +260,12 @@ class Lifecycle:
                 version.reason = "unloaded"  # while it was loaded, or compared with what was served
                 if served is not before:
                     self._spawn(served.retire(), f"free {label}")
-            elif served is not before:
-                self._drop(folder.name, tracked)
-                version.served, tracked.live = served, expected
-                version.reason = served.instances.session.note or ""
+                return
+            if served is not before:
+                self._retire(folder.name, tracked)
                 log.info("%s: ready on %s after %.2f s", label, served.device, time.monotonic() - began)
-            else:
-                tracked.live = expected
-                version.reason = served.instances.session.note or ""
+            version.served, tracked.live = served, expected
+            version.reason = served.instances.session.note or ""
         finally:
             version.loading = False
             self._wake.set()
@@ -274,7 +275,13 @@ class Lifecycle:
         on = tracked.version.served is not None
         tracked.version.reason = f"its newest files are refused, those before them serve on: {why}" if on else why
 
-    def _drop(self, name: str, tracked: _Tracked) -> None:
+    def _unload(self, name: str, tracked: _Tracked) -> None:
+        if tracked.version.served is not None:
+            log.info("model %s/%d: unloaded", name, tracked.version.number)
+        self._retire(name, tracked)
+        tracked.version.reason = "unloaded"
+
+    def _retire(self, name: str, tracked: _Tracked) -> None:
         """Serve it no more; what it holds is freed when the last request that uses it is answered."""
         served, tracked.version.served, tracked.live = tracked.version.served, None, None
         if served is not None:

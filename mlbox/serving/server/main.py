@@ -69,9 +69,13 @@ async def _serve(options: argparse.Namespace) -> None:
     )
     server = Server(Config(routes.app(access), drain_s=options.drain, error_body=error_body))
 
+    # After a restart, a request waits for its model in the socket's backlog rather than hear that there is none.
+    loaded = asyncio.create_task(lifecycle.until_ready(), name="first models")
+
     def stop(why: str) -> None:
         log.info("stopping: %s", why)
         routes.stopping = True
+        loaded.cancel()
         server.stop()
 
     _stop_with(stop, options.parent_fd)
@@ -82,8 +86,7 @@ async def _serve(options: argparse.Namespace) -> None:
             group.create_task(lifecycle.watch(), name="watch"),
             group.create_task(lifecycle.run(), name="lifecycle"),
         ]
-        # After a restart, a request waits for its model in the socket's backlog rather than hear that there is none.
-        await lifecycle.until_ready()
+        await asyncio.wait({loaded})
         await server.serve(sockets)
         for task in background:
             task.cancel()

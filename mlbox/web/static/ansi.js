@@ -103,10 +103,10 @@ export class Ansi {
       if (code === 0) this.#style = {};
       else if (code === 38 || code === 48) {
         const key = code === 38 ? "f" : "b";
-        if (codes[at + 1] === 5) {
+        if (codes[at + 1] === 5 && at + 2 < codes.length) {
           this.#style = { ...this.#style, [key]: ofPalette(within(codes[at + 2])) };
           at += 2;
-        } else if (codes[at + 1] === 2) {
+        } else if (codes[at + 1] === 2 && at + 4 < codes.length) {
           this.#style = { ...this.#style, [key]: nearest(...[2, 3, 4].map((step) => within(codes[at + step]))) };
           at += 4;
         } else break;
