@@ -330,7 +330,9 @@ def _forget(path: Path) -> None:
 
 
 def _address(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
+    """Where programs on this box reach the listener, also when it listens everywhere."""
+    bound, port = listener.getsockname()[:2]
+    host = transport.reachable(bound)
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

@@ -319,6 +319,11 @@ def listen_tcp(host: str, port: int) -> socket.socket:
     return listener
 
 
+def reachable(host: str) -> str:
+    """An address by which this box itself reaches what listens on `host`."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+
+
 def _why_not_bound(error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         return "the port is in use: stop the program that holds it or choose another port (0 picks a free one)"

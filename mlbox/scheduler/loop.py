@@ -176,8 +176,12 @@ class Loop:
         ]
         committed = await self._database.write(_commit_starts, intents, time.time())
         # No await from here on: memory follows the commit before anybody else looks at it.
+        begun = {job.id for job, _ in committed}
         for start in plan.starts:
-            backlog.drop(start.job_id)  # also where it waits no longer, and so was not started
+            # One that was not started waits no longer, or was held meanwhile: then it waits on, aside.
+            known = backlog.get(start.job_id)
+            if start.job_id in begun or (known is not None and not known.hold):
+                backlog.drop(start.job_id)
         started = [self._active(job, attempt, Next.LAUNCH) for job, attempt in committed]
         for active in started:
             active.token = tokens[active.job.id]

@@ -12,7 +12,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from mlbox.database import Database
 from mlbox.errors import Conflict, Denied, FieldError, Impossible, Invalid, NotFound, TooMany, Unavailable
 from mlbox.events import GPUS, JOBS, Events, job_topic
-from mlbox.identity import Identity
+from mlbox.identity import Identity, Scope
 from mlbox.jobs import Job, JobSpec, JobState
 from mlbox.scheduler import placement, queue, unpack
 from mlbox.scheduler.folders import Folders
@@ -78,7 +78,8 @@ class JobService:
             return earlier, False
         self._admit(who, spec)
         if code is not None and retry_of is None:  # a retried job's archive was checked when it came
-            await asyncio.to_thread(_check_archive, code)
+            with _disk("the code archive cannot be read"):
+                await asyncio.to_thread(_check_archive, code)
         return await _whole(self._submit(who, spec, code, idempotency_key, retry_of))
 
     async def _submit(
@@ -296,6 +297,8 @@ class JobService:
         """Raises what speaks against queueing `spec` for `who`."""
         if spec.priority > 0 and not who.admin:
             raise Denied(f"priority {spec.priority} is for admins: ask for 0 or less")
+        if spec.model is not None and not who.may(Scope.DEPLOY):
+            raise Denied(f"model={spec.model} deploys what the job leaves, and that needs the scope 'deploy'")
         if len(self._state.backlog) >= self._waiting_max:
             raise TooMany(
                 f"{len(self._state.backlog)} jobs wait, and no more than {self._waiting_max} may: "

@@ -22,6 +22,7 @@ from mlbox.errors import Unavailable
 from mlbox.events import MODELS, Events
 from mlbox.identity import Scope, digest, new_token
 from mlbox.serving.client import InferenceClient, ServedVersion
+from mlbox.transport import reachable
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class InferenceSupervisor:
         self._credentials = credentials
         self._token = new_token()
         host, port = listener.getsockname()[:2]
-        self._client = InferenceClient(_reachable(host), port, self._token)
+        self._client = InferenceClient(reachable(host), port, self._token)
         self._access_due = False
         self._answered_at = 0.0
         self._served: list[ServedVersion] | None = None
@@ -239,8 +240,3 @@ def _holds_models(models: Path) -> bool:
     with contextlib.suppress(OSError):
         return any(entry.is_dir() and not entry.name.startswith(".") for entry in models.iterdir())
     return False
-
-
-def _reachable(host: str) -> str:
-    """An address by which this box itself reaches what listens on `host`."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104

@@ -107,6 +107,19 @@ def repeat() -> onnx.ModelProto:
     )
 
 
+def square() -> onnx.ModelProto:
+    """One product of two matrices of `shape`: a single step, however large, which nothing interrupts."""
+    return model(
+        [
+            helper.make_node("ConstantOfShape", ["shape"], ["ones"]),
+            helper.make_node("MatMul", ["ones", "ones"], ["product"]),
+            helper.make_node("ReduceMax", ["product"], ["y"], keepdims=0),
+        ],
+        [value("shape", TensorProto.INT64, [2])],
+        [value("y", TensorProto.FLOAT, None)],
+    )
+
+
 def save(made: onnx.ModelProto, folder: Path, *, external: str | None = None) -> Path:
     """Write `folder/model.onnx`, its weights in the file `external` where that is named."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -104,12 +104,44 @@ class TestTheEnd:
         finally:
             server.close()
 
+    @pytest.mark.slow
+    def test_a_run_that_cannot_be_ended_costs_its_client_and_nobody_else(self, tmp_path: Path) -> None:
+        server = InferenceServer(tmp_path, options=("--run-timeout", "0.5", "--drain", "1"))
+        server.place(onnx_models.square(), "m")
+        server.place(onnx_models.adder(1.0), "other")
+        try:
+            server.start()
+            began = time.monotonic()
+            reply = server.infer("m", {"shape": ("INT64", [2], [9000, 9000])})  # some 10 s in one step
+            assert reply.status == 503
+            assert "did not end" in reply.error
+            assert time.monotonic() - began < 5.0
+            assert server.add("other").status == 200
+            began = time.monotonic()
+            assert server.stop() == 1  # its thread was given up
+            assert time.monotonic() - began < 6.0
+        finally:
+            server.close()
+
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_signals_end_it_cleanly(self, server: InferenceServer, number: signal.Signals) -> None:
         assert server.process is not None
         server.process.send_signal(number)
         assert server.process.wait(10) == 0
         assert number.name in server.log.read_text()
+
+    def test_a_stop_does_not_wait_for_files_that_never_come_to_rest(self, tmp_path: Path) -> None:
+        server = InferenceServer(tmp_path)
+        path = server.place(onnx_models.adder(1.0), "m")
+        try:
+            with path.open("ab"):
+                server.start(wait=False)
+                eventually("it looks at them", lambda: server.log.exists() and "models in" in server.log.read_text())
+                began = time.monotonic()
+                assert server.stop() == 0
+                assert time.monotonic() - began < 3.0
+        finally:
+            server.close()
 
     def test_it_ends_when_its_parent_does(self, server: InferenceServer) -> None:
         assert server.process is not None

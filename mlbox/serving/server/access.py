@@ -44,8 +44,8 @@ class Credential:
     scopes: frozenset[str]
     expires: float | None
 
-    def may(self, *any_of: Permission) -> bool:
-        return Permission.ADMIN in self.scopes or any(scope in self.scopes for scope in any_of)
+    def may(self, permission: Permission) -> bool:
+        return permission in self.scopes or Permission.ADMIN in self.scopes
 
 
 class Access:
@@ -126,9 +126,8 @@ class Door:
         await self._app(scope, receive, send)
 
 
-def demand(scope: Mapping[str, Any], *any_of: Permission) -> None:
-    """Raises Denied unless the request's credential has one of these scopes."""
+def demand(scope: Mapping[str, Any], permission: Permission) -> None:
+    """Raises Denied unless the request's credential has this scope."""
     credential: Credential = scope["state"]["credential"]
-    if not credential.may(*any_of):
-        wanted = " or ".join(f"'{each.value}'" for each in any_of)
-        raise Denied(f"this token may not do that: it needs the scope {wanted}")
+    if not credential.may(permission):
+        raise Denied(f"this token may not do that: it needs the scope '{permission.value}'")

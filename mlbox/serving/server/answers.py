@@ -26,6 +26,10 @@ class Unsupported(MlboxError):
     """The protocol has it, this server has not."""
 
 
+class UnknownEncoding(Unsupported):
+    """A Content-Encoding that is neither gzip nor deflate."""
+
+
 _STATUS: dict[type[MlboxError], int] = {
     Invalid: 400,
     Impossible: 400,
@@ -36,6 +40,7 @@ _STATUS: dict[type[MlboxError], int] = {
     TooLarge: 413,
     TooMany: 429,
     Unsupported: 501,
+    UnknownEncoding: 501,
     Unavailable: 503,
 }
 
@@ -47,6 +52,8 @@ def error_answer(error: MlboxError) -> Response:
         headers["retry-after"] = str(math.ceil(error.retry_after_s))
     if isinstance(error, Unauthenticated):
         headers["www-authenticate"] = 'Bearer realm="mlbox inference"'
+    if isinstance(error, UnknownEncoding):
+        headers["accept-encoding"] = "gzip, deflate"
     return json_answer({"error": str(error)[:_TEXT_MAX]}, _STATUS.get(type(error), 500), headers)
 
 

@@ -5,7 +5,7 @@ import zlib
 from starlette.requests import Request
 
 from mlbox.errors import Invalid, TooLarge
-from mlbox.serving.server.answers import Unsupported
+from mlbox.serving.server.answers import UnknownEncoding
 
 _WINDOW_BITS = {"gzip": 31, "deflate": 15}
 """zlib's wbits: 31 is gzip, 15 the zlib format, which is what HTTP calls deflate (RFC 9110, 8.4.1.2)."""
@@ -29,12 +29,12 @@ async def read(request: Request, limit: int) -> bytes:
 
 
 def decompress(body: bytes, encoding: str, limit: int) -> bytes:
-    """`body` without its Content-Encoding. Raises Invalid, TooLarge, or Unsupported for an encoding unknown here."""
+    """`body` without its Content-Encoding. Raises Invalid, TooLarge, UnknownEncoding."""
     encoding = encoding.strip().lower()
     if encoding in ("", "identity"):
         return body
     if encoding not in _WINDOW_BITS:
-        raise Unsupported(f"Unsupported compression type: {encoding[:40]!r}: gzip and deflate are known")
+        raise UnknownEncoding(f"Unsupported compression type: {encoding[:40]!r}: gzip and deflate are known")
     parts: list[bytes] = []
     size = 0
     while body:  # gzip may come in several members, one after the other

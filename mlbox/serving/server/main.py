@@ -46,11 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MlboxError, OSError) as error:
         log.error("the inference server cannot run: %s", error)
         return 1
-    finally:
-        # A thread that onnxruntime never gives back would keep the interpreter from ending.
-        stubborn = threading.Timer(_STUBBORN_S, os._exit, (1,))
-        stubborn.daemon = True
-        stubborn.start()
     log.info("stopped")
     return 0
 
@@ -88,6 +83,7 @@ async def _serve(options: argparse.Namespace) -> None:
         ]
         await asyncio.wait({loaded})
         await server.serve(sockets)
+        _end_soon()
         for task in background:
             task.cancel()
 
@@ -104,6 +100,13 @@ def _loader(options: argparse.Namespace) -> Loader:
     )
     serve = ServeSettings(instances=min(2, cores), queue_max=options.queue_max)
     return Loader(options.models, Store(options.store), settings, serve)
+
+
+def _end_soon() -> None:
+    """Make sure of the end: event loop and interpreter would wait for a thread that onnxruntime never gives back."""
+    stubborn = threading.Timer(_STUBBORN_S, os._exit, (1,))
+    stubborn.daemon = True
+    stubborn.start()
 
 
 def _stop_with(stop: Callable[[str], None], parent_fd: int | None) -> None:

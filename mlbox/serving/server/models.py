@@ -119,9 +119,7 @@ class Models:
         Raises NotFound, or Unavailable when it is not ready.
         """
         model = self.model(name)
-        if number is None:
-            for newest in model.ready()[-1:]:
-                number = newest
+        number = number or max(model.ready(), default=None)
         if number is None:
             why = [model.reason, *(f"{each.number}: {each.reason}" for each in model.versions.values() if each.reason)]
             raise Unavailable(f"Request for unknown model: '{name}' has no available versions{_because(why)}")

@@ -55,8 +55,8 @@ class Routes:
         """Set when the server is about to end: it is not ready any more, though it still answers."""
 
     def app(self, access: Access) -> ASGIApp:
-        infer, deploy = (Permission.INFER,), (Permission.DEPLOY,)
-        table: list[tuple[str, list[str], _Endpoint, tuple[Permission, ...]]] = [
+        infer, deploy = Permission.INFER, Permission.DEPLOY
+        table: list[tuple[str, list[str], _Endpoint, Permission]] = [
             ("/v2", ["GET"], self._server, infer),
             ("/v2/health/live", ["GET"], self._live, infer),
             ("/v2/health/ready", ["GET"], self._ready, infer),
@@ -75,7 +75,8 @@ class Routes:
             ]
         app = Starlette(
             routes=[
-                Route(path, _guarded(endpoint, scopes), methods=methods) for path, methods, endpoint, scopes in table
+                Route(path, _guarded(endpoint, permission), methods=methods)
+                for path, methods, endpoint, permission in table
             ],
             exception_handlers={
                 MlboxError: _tell_error,
@@ -231,9 +232,9 @@ async def _until_left(receive: Receive) -> None:
         pass
 
 
-def _guarded(endpoint: _Endpoint, scopes: tuple[Permission, ...]) -> _Endpoint:
+def _guarded(endpoint: _Endpoint, permission: Permission) -> _Endpoint:
     async def guarded(request: Request) -> Response:
-        demand(request.scope, *scopes)
+        demand(request.scope, permission)
         return await endpoint(request)
 
     return guarded
@@ -265,10 +266,7 @@ def _fields(body: bytes) -> dict[str, object]:
 
 
 async def _tell_error(request: Request, error: Exception) -> Response:
-    answer = error_answer(cast(MlboxError, error))
-    if isinstance(error, Unsupported):
-        answer.headers["accept-encoding"] = "gzip, deflate"
-    return answer
+    return error_answer(cast(MlboxError, error))
 
 
 async def _tell_http_error(request: Request, error: Exception) -> Response:
