@@ -22,7 +22,7 @@ test: ## run all tests
 
 fast: ## run the fast tests, under a minute
 	@scripts/setup tests
-	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	@$(BIN)/python -m pytest -n auto -m "not slow" $(ARGS)
 
 check: lint ## lint, types, layers, and all tests with branch coverage
 	@$(BIN)/coverage erase

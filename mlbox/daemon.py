@@ -58,6 +58,9 @@ def serve(config: Config) -> int:
     state = config.state_folder
     try:
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if trouble := _not_ours_alone(state):
+            log.error("the state folder %s cannot be trusted: %s", state, trouble)
+            return EXIT_TROUBLE
         lock = FolderLock(state)
     except Conflict as error:
         log.error("%s", error)
@@ -275,6 +278,8 @@ class _Daemon:
         path = self._endpoints_path
         fresh = path.with_suffix(".new")
         with _tolerated(f"{path} does not tell programs where mlbox is"):
+            fresh.unlink(missing_ok=True)
+            fresh.touch(mode=0o600)
             fresh.write_bytes(msgspec.json.format(msgspec.json.encode(self._endpoints)) + b"\n")
             fresh.replace(path)
         log.info(
@@ -327,6 +332,16 @@ def _tolerated(consequence: str) -> Generator[None]:
 def _forget(path: Path) -> None:
     with contextlib.suppress(OSError):
         path.unlink()
+
+
+def _not_ours_alone(state: Path) -> str | None:
+    """Why others could change what is in the state folder; None when they cannot."""
+    facts = state.stat()
+    if facts.st_uid != os.geteuid():
+        return f"it belongs to uid {facts.st_uid}, and this is uid {os.geteuid()}: give it to this user (chown)"
+    if facts.st_mode & 0o022:
+        return f"others may write in it (mode {facts.st_mode & 0o777:o}): chmod go-w {state}"
+    return None
 
 
 def _address(listener: socket.socket) -> str:

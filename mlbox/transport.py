@@ -28,6 +28,9 @@ from mlbox.errors import Unavailable
 BACKLOG = 2048
 _READ_BYTES = 256 << 10
 """The most that one read of the event loop brings: a head that came in whole is measured by its fields instead."""
+_PIPELINED_MAX = 64
+"""Requests that may wait on one connection behind the one being answered. Each costs a few KiB, and one read of the
+event loop can bring thousands."""
 _LINGER_S = 5.0
 """How long the rest of a body is read and thrown away after an early answer (413, 401): a client that is still
 writing would otherwise meet a reset connection and never see the answer."""
@@ -123,6 +126,9 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         if self._refused:
+            return
+        if len(self.pipeline) >= _PIPELINED_MAX:
+            self.refuse(429, "Too many requests are waiting on this connection.")
             return
         super().on_message_begin()
         self._receiving = _Receiving.HEAD

@@ -236,6 +236,15 @@ class TestOrder:
             answers = [await one_response(reader) for _ in requests]
         assert [answer[-2:] for answer in answers] == [b"%02d" % n for n in range(20)]
 
+    async def test_a_flood_behind_a_slow_request_is_cut_off(self, listener: socket.socket, app: Echo) -> None:
+        async with running(listener, app), connected(listener) as (reader, writer):
+            writer.write(HELD)
+            await app.entered.wait()
+            writer.write(GET * 2000)
+            app.go_on.set()
+            answer = await all_of(reader)
+        assert 2 <= answer.count(b"HTTP/1.1 200 ") <= 70
+
     async def test_garbage_behind_a_slow_request_spoils_nothing(self, listener: socket.socket, app: Echo) -> None:
         async with running(listener, app), connected(listener) as (reader, writer):
             writer.write(HELD)

@@ -435,7 +435,8 @@ class Supervisor:
         while True:
             try:
                 self._log.finish()
-                return _write_json("exit.json", values)
+                _write_json("exit.json", values)
+                return _unlink("launch.json")  # nobody launches this attempt again; the user's variables may be secret
             except FileNotFoundError:
                 return None
             except OSError:

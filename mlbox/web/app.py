@@ -46,7 +46,11 @@ class WebApp:
 def create_app(doors: Doors) -> WebApp:
     """Compose the app. Raises ValueError for a route table that leaves a permission open to doubt."""
     server = doors.config.server
-    streams = Streams(total=server.followers_max, per_user=server.followers_per_user)
+    streams = Streams(
+        total=server.followers_max,
+        per_user=server.followers_per_user,
+        has_ended=doors.credentials.has_ended,
+    )
     doors.credentials.on_end = streams.end
     throttle, meter, renderer = Throttle(), HttpMeter(), Renderer()
     rules = (*_rules(doors, streams, meter, renderer, throttle), *static_rules())

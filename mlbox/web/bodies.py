@@ -7,10 +7,11 @@ again unless somebody moved it away.
 import asyncio
 import os
 import secrets
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import parse_qsl
 
 from starlette.requests import Request
@@ -20,10 +21,14 @@ from mlbox.scheduler import submission
 from mlbox.web import strict_json
 from mlbox.web.problems import UnknownMediaType
 
+T = TypeVar("T")
+
 FORM = "application/x-www-form-urlencoded"
 JSON = "application/json"
 TEXT_MAX = 4 << 20
 """A body that is read into memory. The largest script is 1 MiB; JSON and forms may need several bytes for one."""
+_SMALL_BYTES = 64 << 10
+"""Parsed in well under a millisecond."""
 _FIELDS_MAX = 1000
 _ERRORS_MAX = 32
 """Further unknown fields are not looked at: each costs a search for the nearest known one."""
@@ -56,10 +61,15 @@ async def fields_of(request: Request) -> dict[str, object]:
     if not body:
         return {}
     if kind == FORM:
-        return {**form_fields(body)}
+        return {**await parsed(form_fields, body)}
     if kind in (JSON, "") or kind.endswith("+json"):
-        return strict_json.loads_object(body)
+        return await parsed(strict_json.loads_object, body)
     raise UnknownMediaType(f"a body of type {kind[:80]!r} is not read here: send {JSON} or {FORM}")
+
+
+async def parsed(parse: Callable[[bytes], T], body: bytes) -> T:
+    """`parse(body)`, in a thread when it may take long: a few megabytes would hold everybody up for as long."""
+    return parse(body) if len(body) <= _SMALL_BYTES else await asyncio.to_thread(parse, body)
 
 
 def form_fields(body: bytes, *, repeatable: frozenset[str] = frozenset()) -> dict[str, str | list[str]]:

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypedDict
@@ -26,6 +27,7 @@ LOGIN_CODE_S = 300.0
 DEFAULT_TOKEN_S = 90 * 86_400.0
 _NOTE_USE_S = 60.0
 """Last use is written down at most so often: it must not turn every read into a write."""
+_ENDED_KEPT = 1000
 _CODE_ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _CODE_LENGTH = 20
 """Crockford's base 32: 100 random bits, so that guessing within five minutes is hopeless without any rate limit."""
@@ -82,6 +84,7 @@ class Credentials:
         self._tokens: dict[str, Token] = {}
         self._sessions: dict[str, Session] = {}
         self._known: dict[str, Known] = {}
+        self._ended: OrderedDict[str, None] = OrderedDict()
         self._used: dict[int, float] = {}
         self.on_change: Callable[[], None] = lambda: None
         """Called whenever `infer_access` has changed."""
@@ -139,6 +142,13 @@ class Credentials:
         if session.token_id is not None:
             self._used[session.token_id] = self._now()
         return self._known[sha256]
+
+    def has_ended(self, how: str) -> bool:
+        """Whether the credential with this `Identity.how` was revoked, signed out or expired a moment ago.
+
+        For whoever found it good and then had to wait: only the latest are remembered.
+        """
+        return how in self._ended
 
     # Tokens
 
@@ -271,6 +281,9 @@ class Credentials:
         self._tokens.pop(sha256, None)
         self._sessions.pop(sha256, None)
         self._known.pop(sha256, None)
+        self._ended[how] = None
+        if len(self._ended) > _ENDED_KEPT:
+            self._ended.popitem(last=False)
         self.on_end(how)
 
     def _forget_expired(self) -> None:

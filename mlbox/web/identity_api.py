@@ -33,7 +33,7 @@ class IdentityApi:
     def __init__(self, doors: Doors) -> None:
         self._credentials = doors.credentials
         self._endpoints = doors.endpoints
-        self._answers: OrderedDict[tuple[int, str, str], tuple[float, _Made]] = OrderedDict()
+        self._answers: OrderedDict[tuple[str, str, str], tuple[float, _Made]] = OrderedDict()
 
     async def me(self, request: Request) -> Response:
         who = identity_of(request)
@@ -97,7 +97,7 @@ class IdentityApi:
 
     def _earlier(self, who: Identity, what: str, key: str | None, fields: Mapping[str, object]) -> "_Made | None":
         """What was made for the first request with this key, while it is kept. Raises Conflict if that was another."""
-        kept = self._answers.get((who.uid, what, key)) if key is not None else None
+        kept = self._answers.get((who.how, what, key)) if key is not None else None
         if kept is None or kept[0] <= time.monotonic():
             return None
         if kept[1].fields != fields:
@@ -106,7 +106,8 @@ class IdentityApi:
 
     def _keep(self, who: Identity, what: str, key: str | None, made: "_Made") -> None:
         if key is not None:
-            self._answers[who.uid, what, key] = (time.monotonic() + _ANSWERS_KEPT_S, made)
+            # By credential: a weaker one of the same user must not be shown what a stronger one was given.
+            self._answers[who.how, what, key] = (time.monotonic() + _ANSWERS_KEPT_S, made)
             if len(self._answers) > _ANSWERS_KEPT:
                 self._answers.popitem(last=False)
 

@@ -20,6 +20,7 @@ from mlbox.web.routes import id_in_path, idempotency_key, identity_of
 from mlbox.web.submits import receiving_submit
 
 _WAIT_MAX_S = 3600.0
+_COMMAND_SHOWN = 1000
 _COLUMNS = ("id", "state", "name", "user", "gpus", "submitted_at", "cause")
 
 
@@ -112,7 +113,9 @@ class JobsApi:
         return Json(shown)
 
     def _short(self, job: Job) -> dict[str, object]:
-        """A job as one of many: a script may be a megabyte, so it is in its own job's answer only."""
+        """A job as one of many, without what may be long: a thousand scripts could be a gigabyte."""
         row = job_json(job, self._jobs.pending(job))
-        del row["script"]
+        del row["script"], row["env"]
+        if job.spec.command is not None and len(job.spec.command) > _COMMAND_SHOWN:
+            row["command"] = job.spec.command[:_COMMAND_SHOWN] + "…"
         return row

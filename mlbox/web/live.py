@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from mlbox.errors import TooMany
+from mlbox.errors import TooMany, Unauthenticated
 from mlbox.identity import Identity
 from mlbox.scheduler.logs import Chunk, notice
 from mlbox.web.negotiation import EVENTS
@@ -33,7 +33,8 @@ _FULL_RETRY_S = 10.0
 class Streams:
     """The streams that are open now: how many there may be, and a way to end them."""
 
-    def __init__(self, *, total: int, per_user: int) -> None:
+    def __init__(self, *, total: int, per_user: int, has_ended: Callable[[str], bool]) -> None:
+        self._has_ended = has_ended
         self._total = total
         self._per_user = per_user
         self._open: dict[asyncio.Timeout, Identity] = {}
@@ -45,7 +46,9 @@ class Streams:
 
     @contextmanager
     def seat(self, who: Identity, cut: asyncio.Timeout) -> Generator[None]:
-        """A place for one stream, which `cut` ends. Raises TooMany."""
+        """A place for one stream, which `cut` ends. Raises TooMany, Unauthenticated."""
+        if self._has_ended(who.how):  # between finding it good and here
+            raise Unauthenticated("this credential was revoked")
         if self._closed or len(self._open) >= self._total:
             raise TooMany(f"{len(self._open)} streams are open, no more are served", _FULL_RETRY_S)
         if self._of_user[who.uid] >= self._per_user:

@@ -239,7 +239,7 @@ SCHEMAS: Json = {
         "minProperties": 1,
     },
     "Job": an_object(_JOB),
-    "JobRow": an_object({name: value for name, value in _JOB.items() if name != "script"}),
+    "JobRow": an_object({name: value for name, value in _JOB.items() if name not in ("script", "env")}),
     "JobDetail": an_object({**_JOB, "attempts": {"type": "array", "items": an_object(_ATTEMPT)}}),
     "Pending": an_object({"why": _TEXT, "position": _maybe(_INTEGER), "estimated_start": _maybe(_TIME)}),
     "Waiting": an_object(

@@ -6,6 +6,7 @@ All end as one mapping from field to value, in which the directives of a script 
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from starlette.requests import Request
@@ -48,7 +49,7 @@ async def receiving_submit(request: Request, folder: Path, limit: int) -> AsyncG
         body = await bodies.read_body(request)
         if not body and not query.keys() & {"command", "script"}:
             raise Invalid("the body is empty: send a command, or a script with --data-binary @FILE (does it exist?)")
-        fields = _one_body(bodies.media_type_of(request), body)
+        fields = await bodies.parsed(partial(_one_body, bodies.media_type_of(request)), body)
         yield Submit(_together(fields, query))
 
 

@@ -59,7 +59,7 @@ class Box:
         hardware: StandIn | None = None,
         slots: int = 2,
         waiting_max: int = 1000,
-        repair_s: float = 5,
+        repair_s: float = 60,
     ) -> None:
         self.state_folder = state
         self.folders = Folders(state)

@@ -54,7 +54,7 @@ class TestTheEnd:
     def test_nothing_but_the_record_and_the_log_is_left(self, attempt):
         attempt.run("/bin/true")
         names = {path.name for path in attempt.folder.iterdir()}
-        assert names == {"launch.json", "lock", "log", "started.json", "exit.json", "work"}
+        assert names == {"lock", "log", "started.json", "exit.json", "work"}
         cgroup = attempt.observe().started.cgroup
         assert cgroup is None or not Path(cgroup).exists()
 

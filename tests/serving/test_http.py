@@ -8,12 +8,15 @@ import socket
 import struct
 import threading
 import time
+import tracemalloc
 import zlib
 from typing import Any
 
 import numpy as np
 import pytest
 
+from mlbox.errors import TooLarge
+from mlbox.serving.server import bodies
 from tests.serving.process import InferenceServer, eventually
 from tests.serving.test_protocol import MALFORMED
 
@@ -268,6 +271,13 @@ class TestBodies:
         reply = shared.post("/v2/models/adder/infer", pack(json.dumps(ROW).encode()), {"Content-Encoding": encoding})
         assert reply.json["outputs"][0]["data"] == [6.0, 7.0, 8.0, 9.0]
 
+    def test_a_body_of_nothing_but_members_is_refused_at_once(self, shared: InferenceServer) -> None:
+        began = time.monotonic()
+        reply = shared.post("/v2/models/adder/infer", gzip.compress(b"") * 40_000, {"Content-Encoding": "gzip"})
+        assert reply.status == 400
+        assert "members" in reply.error
+        assert time.monotonic() - began < 5  # a minute, where each member copies the rest
+
     def test_several_gzip_members_are_one_body(self, shared: InferenceServer) -> None:
         text = json.dumps(ROW).encode()
         body = gzip.compress(text[:30]) + gzip.compress(text[30:])
@@ -325,6 +335,17 @@ class TestBodies:
         reply = shared.post("/v2/models/adder/infer", body, {"Content-Encoding": encoding})
         assert reply.status == 413
         assert "1000000 bytes" in reply.error
+
+    @pytest.mark.parametrize(("encoding", "pack"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
+    def test_a_bomb_is_not_unpacked(self, encoding: str, pack: Any) -> None:
+        bomb = pack(bytes(100_000_000))
+        tracemalloc.start()
+        try:
+            with pytest.raises(TooLarge):
+                bodies.decompress(bomb, encoding, 1_000_000)
+            assert tracemalloc.get_traced_memory()[1] < 5_000_000
+        finally:
+            tracemalloc.stop()
 
     def test_a_chunked_body_is_counted_as_it_comes(self, shared: InferenceServer) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", shared.port, timeout=10)

@@ -325,6 +325,13 @@ class TestTheFolderItself:
         server.place(onnx_models.adder(2.0), "m", 2)
         wait_answer(server, 2.0)
 
+    def test_a_store_that_is_gone_is_made_again(self, server: InferenceServer) -> None:
+        server.place(onnx_models.adder(1.0), "m")
+        wait_answer(server, 1.0)
+        shutil.rmtree(server.store)
+        server.place(onnx_models.adder(2.0), "m", 2)
+        wait_answer(server, 2.0)
+
     def test_many_models_come_up_together(self, tmp_path: Path) -> None:
         server = InferenceServer(tmp_path)
         for number in range(20):

@@ -188,7 +188,7 @@ class TestWhatIsNeverTaken:
         with pytest.raises(Invalid, match="symbolic link"):
             fingerprint(models, "n", 1)
 
-    def test_a_config_that_is_a_link_or_huge(self, models: Path) -> None:
+    def test_a_config_that_is_a_link_huge_or_no_file(self, models: Path) -> None:
         (models / "m/config.pbtxt").symlink_to(models / "m/1/model.onnx")
         with pytest.raises(Invalid, match="symbolic link"):
             read_config(models, "m")
@@ -196,6 +196,11 @@ class TestWhatIsNeverTaken:
         (models / "m/config.pbtxt").write_bytes(b"#" * (1 << 20))
         with pytest.raises(Invalid, match="larger than"):
             read_config(models, "m")
+        (models / "m/config.pbtxt").unlink()
+        os.mkfifo(models / "m/config.pbtxt")
+        with pytest.raises(Invalid, match="not a regular file"):
+            read_config(models, "m")
+        (models / "m/config.pbtxt").unlink()
         (models / "m/config.pbtxt").write_bytes(b"\xff")
         with pytest.raises(Invalid, match="UTF-8"):
             read_config(models, "m")

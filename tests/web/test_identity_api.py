@@ -138,3 +138,14 @@ async def test_login_codes_are_few_and_short_lived(box: Box) -> None:
     async with httpx.AsyncClient(base_url=f"http://{box.address}") as browser:
         statuses = [(await browser.post("/login", data={"secret": code})).status_code for code in codes]
     assert statuses == [401, 401] + [303] * 10
+
+
+async def test_a_weaker_credential_is_not_shown_what_a_stronger_one_was_given(box: Box) -> None:
+    weak = (await box.http.post("/api/tokens", json={"name": "weak", "scopes": ["read"]})).json()["token"]
+    for path, body in (("/api/tokens", {"name": "strong", "scopes": ["admin"]}), ("/api/login-codes", {})):
+        headers = {"Idempotency-Key": "guessed"}
+        first = await box.http.post(path, json=body, headers=headers)
+        assert first.status_code == 201
+        assert (await box.http.post(path, json=body, headers=headers)).json() == first.json()
+        replay = await box.tcp.post(path, json=body, headers={**headers, "Authorization": f"Bearer {weak}"})
+        assert replay.status_code == 403

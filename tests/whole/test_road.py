@@ -152,3 +152,14 @@ def test_a_mistake_in_the_configuration_ends_the_start_with_78(tmp_path: Path, s
     )
     assert ended.returncode == 78
     assert message in ended.stderr
+
+
+def test_a_state_folder_that_others_may_write_is_refused(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    state.chmod(0o777)
+    command = [sys.executable, "-m", "mlbox", "serve", "--state", str(state), "--listen", "127.0.0.1:0"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert ended.returncode == 1
+    assert f"chmod go-w {state}" in ended.stderr
+    assert list(state.iterdir()) == []

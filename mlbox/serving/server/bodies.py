@@ -11,6 +11,10 @@ _WINDOW_BITS = {"gzip": 31, "deflate": 15}
 """zlib's wbits: 31 is gzip, 15 the zlib format, which is what HTTP calls deflate (RFC 9110, 8.4.1.2)."""
 _LEVEL = 4
 """Tensors of floats hardly shrink: a higher level costs time and saves next to nothing."""
+_PIECE_BYTES = 64 << 10
+"""What is decompressed at a time: the rest behind a member's end is copied, so the whole body at once would cost
+its square."""
+_MEMBERS_MAX = 1000
 
 
 async def read(request: Request, limit: int) -> bytes:
@@ -36,21 +40,26 @@ def decompress(body: bytes, encoding: str, limit: int) -> bytes:
     if encoding not in _WINDOW_BITS:
         raise UnknownEncoding(f"Unsupported compression type: {encoding[:40]!r}: gzip and deflate are known")
     parts: list[bytes] = []
-    size = 0
-    while body:  # gzip may come in several members, one after the other
+    size = position = members = 0
+    while position < len(body):  # gzip may come in several members, one after the other
+        members += 1
+        if members > _MEMBERS_MAX:
+            raise Invalid(f"the body has more than {_MEMBERS_MAX} {encoding} members: compress it as one")
         stream = zlib.decompressobj(_WINDOW_BITS[encoding])
-        try:
-            part = stream.decompress(body, limit - size + 1)
-        except zlib.error as error:
-            raise Invalid(f"the body is not {encoding}: {error}") from error
-        size += len(part)
-        if size > limit:
-            raise _too_large(limit)
-        if not stream.eof:
-            raise Invalid(f"the body ends within its {encoding} stream")
-        parts.append(part)
-        body = stream.unused_data
-        if body and encoding != "gzip":
+        while not stream.eof:
+            piece = body[position : position + _PIECE_BYTES]
+            if not piece:
+                raise Invalid(f"the body ends within its {encoding} stream")
+            try:
+                part = stream.decompress(piece, limit - size + 1)
+            except zlib.error as error:
+                raise Invalid(f"the body is not {encoding}: {error}") from error
+            size += len(part)
+            if size > limit:
+                raise _too_large(limit)
+            parts.append(part)
+            position += len(piece) - len(stream.unused_data)
+        if position < len(body) and encoding != "gzip":
             raise Invalid("there are bytes after the end of the deflate stream")
     return b"".join(parts)
 

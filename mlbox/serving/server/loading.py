@@ -2,6 +2,7 @@
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,10 @@ from mlbox.serving.server.model_config import ModelConfig
 from mlbox.serving.server.models import Served
 from mlbox.serving.server.sessions import LoadFailed, Session, SessionSettings
 from mlbox.serving.server.signature import Signature
-from mlbox.serving.server.store import Entry, Store
+from mlbox.serving.server.store import Entry, Store, Unsettled
 
 _LOADS_AT_ONCE = 2
+"""So that a small model does not wait for a large one; more would fight for the same disk and memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +52,7 @@ class Loader:
         """The content that `expected` stands for, ready to answer.
 
         It is `current` where the files hold what that was loaded from already. Raises LoadFailed with the reason for
-        people, or `store.Unsettled` when the files are not at rest.
+        people, or Unsettled when the files are not at rest.
         """
         work = partial(self._load, name, number, expected, current)
         loaded = await asyncio.get_running_loop().run_in_executor(self._threads, work)
@@ -76,20 +78,20 @@ class Loader:
         try:
             text = read_config(self._models, name)
             config = ModelConfig() if text is None else model_config.read(text, name)
-            entry = self._store.take(self._models, name, number, expected)
+            with ExitStack() as undo:
+                entry = self._store.take(self._models, name, number, expected)
+                undo.callback(self._store.release, entry)
+                if current is not None and current.entry == entry and current.config == config:
+                    return current  # touched, not changed
+                loaded = self._load_entry(name, config, entry)
+                undo.pop_all()
+                return loaded
         except Invalid as error:
             raise LoadFailed(str(error)) from error
-        try:
-            if current is not None and current.entry == entry and current.config == config:
-                self._store.release(entry)
-                return current  # touched, not changed
-            with self._store.loading(entry):
-                session = sessions.load(entry.path / MODEL_FILE, self._session, gpu=config.gpu or self._session.gpu)
-            signature = model_config.signature(config, name, session.inputs, session.outputs)
-        except Invalid as error:
-            self._store.release(entry)
-            raise LoadFailed(str(error)) from error
-        except BaseException:
-            self._store.release(entry)
-            raise
-        return _Loaded(entry, config, session, signature)
+        except OSError as error:
+            raise Unsettled(f"they could not be read: {error}") from error
+
+    def _load_entry(self, name: str, config: ModelConfig, entry: Entry) -> _Loaded:
+        with self._store.loading(entry):
+            session = sessions.load(entry.path / MODEL_FILE, self._session, gpu=config.gpu or self._session.gpu)
+        return _Loaded(entry, config, session, model_config.signature(config, name, session.inputs, session.outputs))

@@ -75,17 +75,19 @@ async def _serve(options: argparse.Namespace) -> None:
 
     _stop_with(stop, options.parent_fd)
     log.info("models in %s, listening on %s", options.models, ", ".join(str(each.getsockname()) for each in sockets))
-    async with asyncio.TaskGroup() as group:
-        background = [
-            group.create_task(access.watch(), name="access"),
-            group.create_task(lifecycle.watch(), name="watch"),
-            group.create_task(lifecycle.run(), name="lifecycle"),
-        ]
-        await asyncio.wait({loaded})
-        await server.serve(sockets)
+    try:
+        async with asyncio.TaskGroup() as group:
+            background = [
+                group.create_task(access.watch(), name="access"),
+                group.create_task(lifecycle.watch(), name="watch"),
+                group.create_task(lifecycle.run(), name="lifecycle"),
+            ]
+            await asyncio.wait({loaded})
+            await server.serve(sockets)
+            for task in background:
+                task.cancel()
+    finally:
         _end_soon()
-        for task in background:
-            task.cancel()
 
 
 def _loader(options: argparse.Namespace) -> Loader:

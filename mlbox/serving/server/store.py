@@ -87,8 +87,8 @@ class Store:
         if expected.problem is not None:
             raise Invalid(expected.problem)
         temporary = self._root / f".tmp-{secrets.token_hex(8)}"
-        temporary.mkdir(mode=0o700)
         try:
+            temporary.mkdir(mode=0o700, parents=True)  # the root, too, should somebody have removed it
             sums = self._copy(models, name, number, expected, temporary)
             _check_sums(temporary, sums)
             manifest = "".join(f"{digest}  {path}\n" for path, digest in sorted(sums.items()))
@@ -96,7 +96,7 @@ class Store:
             _seal(temporary)
             with self._mutex:
                 final = self._root / digest
-                if digest not in self._users:
+                if not final.exists():
                     temporary.rename(final)
                 self._users[digest] = self._users.get(digest, 0) + 1
             return Entry(digest, final)
@@ -113,7 +113,8 @@ class Store:
                 return
             del self._users[entry.digest]
             doomed = self._root / f".tmp-{secrets.token_hex(8)}"
-            entry.path.rename(doomed)
+            with suppress(FileNotFoundError):  # somebody else removed it
+                entry.path.rename(doomed)
         _remove(doomed)
 
     @contextmanager
