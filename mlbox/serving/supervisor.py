@@ -185,32 +185,32 @@ class InferenceSupervisor:
 
     async def _stay_with(self, server: subprocess.Popen[bytes]) -> str:
         loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
         pidfd = os.pidfd_open(server.pid)
-        ended = False
-
-        def on_end() -> None:
-            nonlocal ended
-            ended = True
-            loop.remove_reader(pidfd)
-            self._events.publish(MODELS)  # wakes this very task, too
-
-        loop.add_reader(pidfd, on_end)
-        self._answered_at = time.monotonic()
-        busy_until = self._answered_at + _BUSY_FOR_S
+        loop.add_reader(pidfd, ended.set)
         try:
-            with self._events.subscribe(MODELS) as changes:
-                while not ended:
-                    await self._poll()
-                    if self._access_due:
-                        self.write_access()
-                    busy = time.monotonic() < busy_until or any(row.state == "LOADING" for row in self._served or ())
-                    if await changes.take(_BUSY_POLL_S if busy else _IDLE_POLL_S):
-                        busy_until = time.monotonic() + _BUSY_FOR_S
+            async with asyncio.TaskGroup() as group:
+                asking = group.create_task(self._keep_asking(), name="inference index")
+                await ended.wait()
+                asking.cancel()  # what it asked now waits on the socket for the next server
         finally:
             loop.remove_reader(pidfd)
             os.close(pidfd)
         status = server.wait()
         return f"it ended with {'signal' if status < 0 else 'exit code'} {abs(status)}"
+
+    async def _keep_asking(self) -> None:
+        """Know what the server serves, soon after it changes."""
+        self._answered_at = time.monotonic()
+        busy_until = self._answered_at + _BUSY_FOR_S
+        with self._events.subscribe(MODELS) as changes:
+            while True:
+                await self._poll()
+                if self._access_due:
+                    self.write_access()
+                busy = time.monotonic() < busy_until or any(row.state == "LOADING" for row in self._served or ())
+                if await changes.take(_BUSY_POLL_S if busy else _IDLE_POLL_S):
+                    busy_until = time.monotonic() + _BUSY_FOR_S
 
     async def _poll(self) -> None:
         """Ask the server what it serves."""

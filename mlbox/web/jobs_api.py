@@ -1,5 +1,6 @@
 """`/api/jobs`: submit, list, show, wait, and what may be done with a job."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 from starlette.requests import Request
@@ -7,8 +8,9 @@ from starlette.responses import Response
 
 from mlbox.config import size_bytes
 from mlbox.identity import Identity
-from mlbox.jobs import Job
+from mlbox.jobs import ACTIVE, Job
 from mlbox.scheduler import submission
+from mlbox.scheduler.logs import LogFile
 from mlbox.scheduler.submission import Defaults
 from mlbox.web import bodies
 from mlbox.web.answers import Json, Text, attempt_json, facts, job_json, table
@@ -107,6 +109,9 @@ class JobsApi:
         attempts = await self._jobs.attempts(identity_of(request), job.id)
         shown = job_json(job, self._jobs.pending(job))
         shown["attempts"] = [attempt_json(attempt) for attempt in attempts]
+        if job.state in ACTIVE:
+            log = LogFile(self._jobs.attempt_folder(job.id, job.attempt))
+            shown["log_bytes"] = await asyncio.to_thread(log.size)
         if wants_text(request):
             del shown["attempts"]
             return Text(facts(shown))

@@ -108,10 +108,6 @@ class LogsApi:
 
         return await asyncio.to_thread(read) if job.attempt else (0, b"")
 
-    async def size_now(self, job: Job) -> int:
-        """How many bytes the running attempt has written so far."""
-        return await asyncio.to_thread(LogFile(self._jobs.attempt_folder(job.id, job.attempt)).size)
-
     async def _job(self, request: Request) -> Job:
         job = await self._jobs.get(identity_of(request), id_in_path(request, "job"))
         if job.files_removed:
