@@ -91,6 +91,7 @@ class _Parts:
     loop: Loop
     deployments: Deployments
     credentials: Credentials
+    logs: LogBoard
     supervisor: InferenceSupervisor | None
     app: WebApp
     server: transport.Server
@@ -218,6 +219,7 @@ class _Daemon:
             out_folder=folders.out,
             served=lambda: supervisor.served if supervisor else None,
         )
+        logs = LogBoard()
         app = create_app(
             Doors(
                 config=config,
@@ -225,7 +227,7 @@ class _Daemon:
                 events=events,
                 jobs=jobs,
                 gpus=gpus,
-                logs=LogBoard(),
+                logs=logs,
                 deployments=deployments,
                 credentials=credentials,
                 endpoints=lambda: self._endpoints,
@@ -241,6 +243,7 @@ class _Daemon:
             loop=loop,
             deployments=deployments,
             credentials=credentials,
+            logs=logs,
             supervisor=supervisor,
             app=app,
             server=transport.Server(transport.Config(app, limits=limits, drain_s=_DRAIN_S, error_body=protocol_error)),
@@ -260,6 +263,7 @@ class _Daemon:
                 tasks.append(_spawn(group, "scheduler", parts.loop.run))
                 tasks.append(_spawn(group, "deployments", parts.deployments.run))
                 tasks.append(_spawn(group, "credentials", parts.credentials.run))
+                tasks.append(_spawn(group, "logs", parts.logs.run))
                 if parts.supervisor:
                     tasks.append(_spawn(group, "inference", parts.supervisor.run))
                 web = group.create_task(parts.server.serve(sockets=sockets), name="web")

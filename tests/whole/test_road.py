@@ -114,6 +114,16 @@ def test_a_cancelled_job_leaves_no_process_whatever_it_does_about_it(daemon: Dae
     assert daemon.strays() == []
 
 
+def test_a_log_is_followed_while_it_grows_and_to_its_end(daemon: Daemon, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    job = daemon.submit(command=f"echo first; until [ -e {gate} ]; do sleep 0.05; done; echo last")
+    with daemon.http.stream("GET", f"/api/jobs/{job['id']}/log", params={"follow": 1}, timeout=20) as answer:
+        pieces = answer.iter_text()
+        assert next(pieces) == "first\n"
+        gate.touch()
+        assert "".join(pieces) == "last\n"
+
+
 def test_a_failing_job_is_retried_as_often_as_it_asked(daemon: Daemon) -> None:
     job = daemon.submit(command="echo try $MLBOX_ATTEMPT; [ $MLBOX_ATTEMPT = 3 ]", retries=2)
     ended = daemon.wait(job["id"])
