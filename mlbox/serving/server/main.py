@@ -34,8 +34,12 @@ _STUBBORN_S = 3.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM, SIGINT or the end of the parent; returns the exit status."""
     options = _parser().parse_args(arguments)
+    stamp = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s "  # the daemon's form, into whose log this goes
     logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s inference: %(message)s"
+        stream=sys.stderr,
+        level=logging.INFO,
+        format=f"{stamp}%(levelname)s inference: %(message)s",
+        datefmt="%Y-%m-%dT%H:%M:%S%z",
     )
     logging.getLogger("watchfiles").setLevel(logging.WARNING)
     os.dup2(sys.stderr.fileno(), 1)  # libraries print to stdout, which nobody reads
