@@ -1,12 +1,18 @@
 """Where the scheduler keeps files beneath the state folder, and the blocking work on them."""
 
 import contextlib
+import errno
 import os
 import shutil
+import stat
 from pathlib import Path
 
 from mlbox.errors import Conflict
 from mlbox.jobs import Job
+
+_PLAIN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # O_NONBLOCK: a FIFO must not hold us
+_NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO, errno.ENODEV})
+"""What open(2) and lstat(2) say of a name whose owner put something else there; all else is trouble of the box."""
 
 
 class Folders:
@@ -99,6 +105,46 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def open_plain(path: Path) -> int:
+    """A descriptor to read a plain file that a job may have replaced by anything. Never waits, follows no link there.
+
+    Raises FileNotFoundError for all that is no plain file of ours to read, OSError for trouble of the box.
+    """
+    try:
+        fd = os.open(path, _PLAIN)
+    except OSError as error:
+        if error.errno in _NOT_THERE:
+            raise _missing(path) from None
+        raise
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise _missing(path)
+
+
+def read_plain(path: Path, limit: int) -> bytes:
+    """The first `limit` bytes of a file. Raises as `open_plain` does."""
+    with os.fdopen(open_plain(path), "rb") as file:
+        return file.read(limit)
+
+
+def facts_of(path: Path, kind: int) -> os.stat_result:
+    """What lstat(2) says of a file of the `kind` (`stat.S_IFREG`, ...). Raises as `open_plain` does."""
+    try:
+        facts = path.lstat()
+    except OSError as error:
+        if error.errno in _NOT_THERE:
+            raise _missing(path) from None
+        raise
+    if stat.S_IFMT(facts.st_mode) != kind:
+        raise _missing(path)
+    return facts
+
+
+def _missing(path: Path) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
 def sync_folder(folder: Path) -> None:

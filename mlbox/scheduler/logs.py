@@ -1,18 +1,22 @@
 """Reads the logs of attempts as streams of bytes, and follows them as they grow. The door to log files.
 
 An offset counts all bytes that the job wrote. The shim keeps a log in several files, each named by the offset of its
-first byte; where one ends before the next begins, bytes were dropped (see `shim.Log`).
+first byte; where one ends before the next begins, bytes were dropped (see `shim.Log`). The folder is within the job's
+reach: what is no plain file there is taken as gone.
 """
 
 import asyncio
 import bisect
 import os
 import re
+import stat
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from mlbox.scheduler.folders import facts_of, open_plain
 
 CHUNK_BYTES = 1 << 16
 """The most a follower gets at once: what an HTTP server buffers for one connection, too."""
@@ -69,7 +73,7 @@ class LogFile:
             if not starts:
                 return 0
             with suppress(FileNotFoundError):
-                return starts[-1] + self._path(starts[-1]).stat().st_size
+                return starts[-1] + facts_of(self._path(starts[-1]), stat.S_IFREG).st_size
             self._forget()
         return 0
 
@@ -134,7 +138,7 @@ class LogFile:
         return chunk
 
     def _read_file(self, start: int, offset: int, limit: int) -> Chunk:
-        file = os.open(self._path(start), os.O_RDONLY | os.O_CLOEXEC)
+        file = open_plain(self._path(start))
         try:
             return Chunk(offset, os.pread(file, limit, offset - start))
         finally:
@@ -143,12 +147,12 @@ class LogFile:
     def _files(self) -> list[int]:
         """Where the files of the log begin, ascending. Listed again only when the folder has changed."""
         try:
-            changed_ns = self._folder.stat().st_mtime_ns
+            changed_ns = facts_of(self._folder, stat.S_IFDIR).st_mtime_ns
             if changed_ns != self._changed_ns or self._listed_ns - changed_ns < _SETTLED_NS:
                 self._listed_ns = time.time_ns()
-                self._starts = sorted(_starts(entry.name for entry in os.scandir(self._folder)))
+                self._starts = sorted(_starts(os.scandir(self._folder)))
                 self._changed_ns = changed_ns
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             self._starts = []
         return self._starts
 
@@ -159,12 +163,10 @@ class LogFile:
         return self._folder / (f"{_HEAD}.{start:020d}" if start else _HEAD)
 
 
-def _starts(names: Iterable[str]) -> Iterable[int]:
-    for name in names:
-        if name == _HEAD:
-            yield 0
-        elif _SEGMENT.fullmatch(name):
-            yield int(name.removeprefix(f"{_HEAD}."))
+def _starts(entries: Iterable[os.DirEntry[str]]) -> Iterable[int]:
+    for entry in entries:
+        if (entry.name == _HEAD or _SEGMENT.fullmatch(entry.name)) and entry.is_file(follow_symlinks=False):
+            yield int(entry.name.removeprefix(_HEAD).removeprefix(".") or 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from mlbox.errors import Conflict, Invalid
-from mlbox.scheduler.folders import sync_folder
+from mlbox.scheduler.folders import open_plain, sync_folder
 from mlbox.scheduler.values import shown
 from mlbox.serving.repository import MODEL_FILE
 
@@ -60,11 +60,11 @@ def install(source: Source, models: Path, model: str, version: int) -> str:
 
 
 def installed(models: Path, model: str, version: int) -> str | None:
-    """The SHA-256 of the version's model file; None when it is not there."""
+    """The SHA-256 of the version's model file; None when no plain file is there."""
     try:
-        with (models / model / str(version) / MODEL_FILE).open("rb") as file:
+        with os.fdopen(open_plain(models / model / str(version) / MODEL_FILE), "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return None
 
 

@@ -4,6 +4,7 @@ The folder belongs to the job, which may change it at any moment: every step of 
 before, never through a link, and what was opened is judged, not what was seen before.
 """
 
+import errno
 import os
 import stat
 from collections.abc import Generator
@@ -19,6 +20,8 @@ _NAME_BYTES = 255
 """NAME_MAX of Linux file systems (limits.h)."""
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # O_NONBLOCK: a FIFO must not hold us
+
+_NO_FOLDER = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +62,11 @@ def open_file(folder: Path, path: str) -> tuple[int, int]:
 def store(folder: Path, path: str, upload: Path) -> None:
     """Move `upload` to `path` within the folder, in place of a file that is there. Raises Invalid, Conflict."""
     *folders, name = _names(path)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with suppress(FileExistsError, NotADirectoryError):  # judged when it is opened
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _root(folder) as (root, _):
+        if root < 0:
+            raise Conflict("the job's folder of artifacts is a link or a file by now: nothing can be added to it")
         at = root
         try:
             for step in folders:
@@ -93,10 +99,12 @@ def _names(path: str) -> list[str]:
 
 @contextmanager
 def _root(folder: Path) -> Generator[tuple[int, int]]:
-    """(descriptor, owner's uid) of the folder itself; the descriptor is -1 where there is none yet."""
+    """(descriptor, owner's uid) of the folder itself; the descriptor is -1 where there is none, or none any more."""
     try:
         root = os.open(folder, _FOLDER)
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in _NO_FOLDER:
+            raise
         yield -1, -1
         return
     try:

@@ -1,15 +1,19 @@
 """The local executor through its contract: start, watch, stop, adopt, clean up; and that it touches nobody else's."""
 
 import fcntl
+import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -29,11 +33,48 @@ time.sleep(60)
 """
 """A job with a daemon that has left its session and forgotten its environment."""
 
+T = TypeVar("T")
+
+
+def bound_socket(path: Path) -> None:
+    at = os.open(path.parent, os.O_PATH)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"/proc/self/fd/{at}/{path.name}")  # the path itself may be longer than a socket's may be
+    os.close(at)
+
+
+IN_THE_WAY: dict[str, Callable[[Path], object]] = {
+    "fifo": os.mkfifo,
+    "folder": Path.mkdir,
+    "link": lambda path: path.symlink_to("/etc/passwd"),
+    "loop": lambda path: path.symlink_to(path.name),
+    "link to a fifo": lambda path: (os.mkfifo(f"{path}.fifo"), path.symlink_to(f"{path}.fifo")),
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "socket": bound_socket,
+}
+"""What a job can put where the shim's files are."""
+
 
 def restarted(attempt: Attempt) -> LocalExecutor:
     """The executor of a daemon that knows of the attempt only what its folder says."""
     attempt.executor = LocalExecutor(cgroups=attempt.observe().started.cgroup is not None)
     return attempt.executor
+
+
+def restarted_without_cgroup(attempt: Attempt) -> LocalExecutor:
+    """The executor of a daemon that cannot even read where the attempt's cgroup is."""
+    attempt.executor = LocalExecutor(cgroups=False)
+    return attempt.executor
+
+
+def at_once(ask: Callable[[], T]) -> T:
+    """What `ask` answers, on a thread of its own that may be left hanging."""
+    answers: list[T] = []
+    asking = threading.Thread(target=lambda: answers.append(ask()), daemon=True)
+    asking.start()
+    asking.join(10)
+    assert answers, "no answer: it hangs, or it failed"
+    return answers[0]
 
 
 def readable(fd: int, timeout_s: float) -> bool:
@@ -180,9 +221,75 @@ os.killpg(0, signal.SIGKILL)
 
     def test_a_record_that_no_shim_wrote_counts_as_missing(self, attempt, caplog):
         attempt.run("/bin/true")
-        (attempt.folder / "exit.json").write_text('{"exit_code": "zero"}')
+        good = json.loads((attempt.folder / "exit.json").read_text())
+        for field, forged in (("exit_code", "zero"), ("exit_code", 10**30), ("signal", 0), ("log_bytes", 2**63)):
+            (attempt.folder / "exit.json").write_text(json.dumps({**good, field: forged}))
+            assert attempt.observe().liveness is Liveness.VANISHED
+            assert "exit.json: not a record" in caplog.text
+            caplog.clear()
+
+    @pytest.mark.parametrize("name", ["started.json", "exit.json", "lock"])
+    @pytest.mark.parametrize("kind", IN_THE_WAY)
+    def test_what_a_job_puts_in_place_of_a_record_holds_nobody(self, attempt, name, kind):
+        attempt.run("/bin/true")
+        restarted(attempt)
+        (attempt.folder / name).unlink()
+        IN_THE_WAY[kind](attempt.folder / name)
+        observed = at_once(attempt.observe)
+        assert observed.liveness is (Liveness.VANISHED if name == "exit.json" else Liveness.ENDED)
+        assert (observed.started is None, observed.exit is None) == (name == "started.json", name == "exit.json")
+        assert at_once(lambda: attempt.executor.end_fd(attempt.folder)) is None
+        assert at_once(attempt.processes) == frozenset()
+        at_once(lambda: attempt.executor.stop(attempt.folder))
+
+    @pytest.mark.parametrize("kind", IN_THE_WAY)
+    def test_an_attempt_whose_records_are_all_replaced_has_vanished(self, attempt, kind):
+        """Not "never started": the shim would not run it again."""
+        attempt.run("/bin/true")
+        for name in ("started.json", "exit.json", "lock"):
+            (attempt.folder / name).unlink()
+            IN_THE_WAY[kind](attempt.folder / name)
+        assert at_once(attempt.observe).liveness is Liveness.VANISHED
+        assert at_once(lambda: attempt.executor.kill_remains(attempt.folder, attempt.key)) == frozenset()
+
+    def test_a_running_attempt_that_replaced_its_records_is_alive(self, attempt):
+        attempt.shell(
+            "while [ ! -e ../started.json ]; do sleep 0.01; done; rm ../started.json;"
+            " mkfifo ../started.json ../exit.json; echo on > begun; while [ ! -e go ]; do sleep 0.01; done"
+        )
+        attempt.wait_for("begun")
+        observed = at_once(attempt.observe)
+        assert (observed.liveness, observed.started, observed.exit) == (Liveness.ALIVE, None, None)
+        assert at_once(lambda: restarted_without_cgroup(attempt).observe(attempt.folder)).liveness is Liveness.ALIVE
+        (attempt.work / "go").touch()
+        assert attempt.wait_end().exit_code == 0
+
+    @pytest.mark.parametrize("record", [b"[" * 60_000, b'{"x":' * 10_000, b" " * (1 << 20) + b"{}", b"\xff\0", b""])
+    def test_a_record_of_any_bytes_is_no_trouble(self, attempt, record):
+        attempt.run("/bin/true")
+        for name in ("started.json", "exit.json"):
+            (attempt.folder / name).write_bytes(record)
         assert attempt.observe().liveness is Liveness.VANISHED
-        assert "exit.json: not a record" in caplog.text
+
+    def test_a_made_up_cgroup_is_let_be(self, attempt, tmp_path):
+        attempt.run("/bin/true")
+        forged = tmp_path / f"forged.{attempt.key}"
+        (forged / "empty").mkdir(parents=True)
+        for name in ("cgroup.procs", "cgroup.kill"):
+            os.mkfifo(forged / name)
+        record = json.loads((attempt.folder / "started.json").read_bytes())
+        (attempt.folder / "started.json").write_text(json.dumps(record | {"cgroup": str(forged)}))
+        assert at_once(attempt.processes) == frozenset()
+        assert at_once(lambda: attempt.executor.kill_remains(attempt.folder, attempt.key)) == frozenset()
+        assert (forged / "empty").is_dir()
+
+    def test_a_lock_that_names_no_possible_process_is_no_trouble(self, attempt):
+        lock = attempt.folder / "lock"
+        for text in ("9" * 30 + " 1\n", "-1 1\n", "0 0\n", "1\n", "x" * (1 << 20)):
+            lock.write_text(text)
+            with lock.open() as held:
+                fcntl.flock(held, fcntl.LOCK_EX)
+                assert attempt.executor.end_fd(attempt.folder) is None
 
 
 class TestAfterTheShimWasKilled:

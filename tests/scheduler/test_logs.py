@@ -1,6 +1,7 @@
 """Logs as readers see them: offsets, gaps, tails, and followers fast and slow."""
 
 import asyncio
+import os
 import random
 import time
 from collections.abc import AsyncIterator, Callable
@@ -22,6 +23,20 @@ def write(folder: Path, **parts: bytes) -> LogFile:
         start = int(name.removeprefix("at_"))
         (folder / (f"log.{start:020d}" if start else "log")).write_bytes(data)
     return LogFile(folder)
+
+
+def in_the_way(path: Path, kind: str) -> None:
+    match kind:
+        case "folder":
+            path.mkdir()
+        case "file":
+            path.write_text("no folder")
+        case "link":
+            path.symlink_to("secret")
+        case "loop":
+            path.symlink_to(path.name)
+        case _:
+            os.mkfifo(path)
 
 
 def read_all(log: LogFile, offset: int = 0, limit: int = logs.CHUNK_BYTES) -> list[Chunk]:
@@ -83,6 +98,45 @@ class TestReading:
         for name in ("log.1", "log.txt", f"log.{7:020d}.tmp", f"xlog.{7:020d}", "shim.log"):
             (tmp_path / name).write_bytes(b"?")
         assert LogFile(tmp_path).size() == 0
+
+    @pytest.mark.parametrize("name", ["log", f"log.{4:020d}"])
+    @pytest.mark.parametrize("kind", ["folder", "link", "fifo", "loop"])
+    def test_what_is_no_plain_file_is_no_part_of_it(self, tmp_path, name, kind):
+        (tmp_path / "secret").write_text("not the job's")
+        log = write(tmp_path, at_0=b"0123", at_4=b"4567")
+        assert log.size() == 8
+        (tmp_path / name).unlink()
+        in_the_way(tmp_path / name, kind)
+        for reader in (log, LogFile(tmp_path)):
+            assert reader.size() == (4 if name != "log" else 8)
+            assert read_all(reader) == [Chunk(0, b"0123") if name != "log" else Chunk(4, b"4567")]
+            assert reader.tail_offset(5) == (0 if name != "log" else 4)
+
+    @pytest.mark.parametrize("kind", ["folder", "link", "fifo", "loop"])
+    def test_a_file_that_is_replaced_after_the_list_was_made_is_gone(self, tmp_path, monkeypatch, kind):
+        monkeypatch.setattr(logs, "_SETTLED_NS", 0)
+        (tmp_path / "secret").write_text("not the job's")
+        log = write(tmp_path, at_0=b"0123")
+        assert log.size() == 4
+        listed = tmp_path.stat()
+        (tmp_path / "log").unlink()
+        in_the_way(tmp_path / "log", kind)
+        os.utime(tmp_path, ns=(listed.st_atime_ns, listed.st_mtime_ns))
+        assert (log.read(0), log.size()) == (Chunk(0, b""), 0)
+
+    @pytest.mark.parametrize("kind", ["file", "link", "loop", "fifo"])
+    def test_a_folder_that_is_none_any_more_has_no_log(self, tmp_path, kind):
+        folder = tmp_path / "attempt-1"
+        folder.mkdir()
+        (tmp_path / "secret").mkdir()
+        (tmp_path / "secret" / "log").write_text("not the job's")
+        log = write(folder, at_0=b"0123")
+        assert log.size() == 4
+        (folder / "log").unlink()
+        folder.rmdir()
+        in_the_way(folder, kind)
+        for reader in (log, LogFile(folder)):
+            assert (reader.size(), reader.read(0), reader.tail_offset(3)) == (0, Chunk(0, b""), 0)
 
     def test_the_notice_says_how_much_was_dropped(self):
         assert logs.notice(123) == b"\n[mlbox: 123 bytes of log dropped: over the log's limit, or the disk was full]\n"

@@ -4,9 +4,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from mlbox.errors import Invalid, MlboxError, NotFound
+from mlbox.errors import Conflict, Invalid, MlboxError, NotFound
 from mlbox.web import artifacts
-from tests.web.harness import Box
+from tests.web.harness import Box, eventually
 
 BAD_PATHS = [
     "..", "../x", "a/../../x", "/etc/passwd", "a//b", "a/", ".", "./a", "a/.", "a/..", "\0", "a\0b", "x" * 256,
@@ -63,11 +63,23 @@ def test_links_and_what_is_no_file_are_not_there(out: Path) -> None:
     assert [file.path for file in artifacts.listing(out)] == ["model.onnx", "plots/loss.csv"]
 
 
-def test_the_folder_itself_may_not_be_a_link(out: Path) -> None:
-    link = out.parent / "out-link"
-    link.symlink_to(out)
-    with pytest.raises(OSError):
-        artifacts.open_file(link, "model.onnx")
+@pytest.mark.parametrize("kind", ["link", "loop", "file", "fifo"])
+def test_what_is_in_place_of_the_folder_holds_no_artifacts(out: Path, kind: str) -> None:
+    place = out.parent / "other"
+    if kind in ("link", "loop"):
+        place.symlink_to(out if kind == "link" else place)
+    elif kind == "file":
+        place.write_text("no folder")
+    else:
+        os.mkfifo(place)
+    assert artifacts.listing(place) == []
+    with pytest.raises(NotFound):
+        artifacts.open_file(place, "model.onnx")
+    upload = out.parent / "upload"
+    upload.write_bytes(b"x")
+    with pytest.raises(Conflict):
+        artifacts.store(place, "model.onnx", upload)
+    assert read(out, "model.onnx") == b"weights"
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file away")
@@ -114,6 +126,26 @@ async def test_artifacts_are_downloads_and_never_pages(box: Box) -> None:
     assert (head.status_code, head.headers["content-length"], head.content) == (200, "25", b"")
     assert (await box.http.get(f"{base}/none")).status_code == 404
     assert (await box.http.put(f"{base}/x", content=b"x")).status_code == 403
+
+
+@pytest.mark.parametrize("way", ["ln -s /etc $MLBOX_OUT", "touch $MLBOX_OUT", "mkfifo $MLBOX_OUT"])
+async def test_a_job_that_replaces_its_folder_has_no_artifacts(box: Box, way: str) -> None:
+    job = await box.submit(f"rm -rf $MLBOX_OUT; {way}; echo $MLBOX_TOKEN; while [ ! -e go ]; do sleep 0.02; done")
+    base = f"/api/jobs/{job['id']}/artifacts"
+
+    async def token() -> str:
+        return (await box.http.get(f"/api/jobs/{job['id']}/log")).text.strip()
+
+    headers = {"Authorization": f"Bearer {await eventually('the job has its token', token)}"}
+    stored = await box.http.put(f"{base}/x", content=b"x", headers=headers)
+    assert stored.status_code == 409, stored.text
+    listed = await box.http.get(base)
+    assert (listed.status_code, listed.json()["artifacts"]) == (200, [])
+    for name in ("x", "hostname"):
+        assert (await box.http.get(f"{base}/{name}")).status_code == 404
+    assert (await box.tcp.get(f"/jobs/{job['id']}", headers={"Cookie": await box.cookie()})).status_code == 200
+    assert (await box.http.post(f"/api/jobs/{job['id']}/cancel")).status_code < 300
+    await box.wait(job["id"])
 
 
 async def test_no_spelling_of_an_address_leads_out_of_the_artifacts(box: Box) -> None:

@@ -105,8 +105,13 @@ async def test_an_unknown_method_names_those_that_are_known(box: Box) -> None:
 
 
 async def test_the_box_tells_of_itself(box: Box) -> None:
-    job = await box.submit("sleep 1000", cpus=2)
+    job = await box.submit("echo begun; sleep 1000", cpus=2)
     await box.running(job["id"])
+
+    async def written() -> bool:
+        return (await box.http.get(f"/api/jobs/{job['id']}")).json()["log_bytes"] == 6
+
+    await eventually("the bytes of its log are told while it runs", written)
     waiting = await box.submit(name="next")
     gpus = (await box.http.get("/api/gpus")).json()
     assert gpus["cpu_slots"] == {"total": 2, "free": 0}

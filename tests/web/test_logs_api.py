@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlbox.errors import Unauthenticated
 from mlbox.scheduler.logs import Chunk, LogFile
 from mlbox.web import log_lines
 from mlbox.web.live import log_events
@@ -42,6 +43,20 @@ async def events(answer: httpx.Response) -> AsyncGenerator[tuple[str, int | None
             position = int(value)
         elif name == "data":
             data += value
+
+
+@pytest.mark.parametrize("way", ["mkdir log", "ln -s /etc/passwd log", "mkfifo log", "ln -s log log"])
+async def test_what_a_job_puts_in_place_of_its_log_is_an_empty_log(box: Box, way: str) -> None:
+    job = await box.submit(f"echo gone; cd $(dirname $MLBOX_OUT)/attempt-1; rm log; {way}")
+    await box.wait(job["id"])
+    path = f"/api/jobs/{job['id']}/log"
+    for address in (path, f"{path}?tail=10", f"{path}?follow=1"):
+        log = await box.http.get(address)
+        assert (log.status_code, log.text) == (200, ""), address
+    lines = await box.http.get(f"{path}/lines")
+    assert (lines.status_code, lines.json()["lines"], lines.json()["size"]) == (200, [], 0)
+    page = await box.tcp.get(f"/jobs/{job['id']}", headers={"Cookie": await box.cookie()})
+    assert page.status_code == 200
 
 
 async def test_a_log_is_read_from_any_byte(box: Box) -> None:
@@ -177,6 +192,15 @@ async def test_a_revoked_token_ends_its_streams(box: Box) -> None:
         async with asyncio.timeout(5):
             assert await answer.aread() == b""
     assert len(box.app._streams) == 0
+
+
+async def test_a_token_that_was_revoked_a_moment_ago_opens_no_stream(box: Box) -> None:
+    token = await box.token(name="t")
+    known = await box.credentials.of_token(token)
+    assert known is not None
+    await box.http.delete("/api/tokens/1")
+    with pytest.raises(Unauthenticated), box.app._streams.seat(known.identity, asyncio.timeout(None)):
+        pass
 
 
 async def test_an_expiring_token_ends_its_streams(box: Box) -> None:

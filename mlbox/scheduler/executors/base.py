@@ -9,7 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
+
+from msgspec import Meta
+
+_Bytes = Annotated[int, Meta(ge=0, le=2**62)]
+"""A job can forge its records: what the database could not hold is no record."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +73,8 @@ class Exit:
     where there is one, else of the largest process. `log_bytes` counts all bytes the job wrote, kept or not.
     """
 
-    exit_code: int | None = None
-    signal: int | None = None
+    exit_code: Annotated[int, Meta(ge=0, le=255)] | None = None
+    signal: Annotated[int, Meta(ge=1, le=64)] | None = None
     error: str | None = None
     stopped: Stopped | None = None
     out_of_memory: bool = False
@@ -77,8 +82,8 @@ class Exit:
     ended_at: float
     cpu_seconds: float
     max_rss_mib: float
-    log_bytes: int
-    log_dropped_bytes: int = 0
+    log_bytes: _Bytes
+    log_dropped_bytes: _Bytes = 0
 
 
 class Liveness(StrEnum):

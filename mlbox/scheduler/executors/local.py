@@ -1,6 +1,7 @@
 """Runs attempts as this user, each under a shim that is a plain child process: single-user mode.
 
-Nothing here outlives the daemon but the shims and their folders, and these are all that a later daemon needs.
+Nothing here outlives the daemon but the shims and their folders, and these are all that a later daemon needs. A job
+can write there too: what it puts in place of the shim's files may mislead us about itself, but never hold us up.
 """
 
 import fcntl
@@ -19,6 +20,7 @@ import msgspec
 
 from mlbox.scheduler.executors import processes
 from mlbox.scheduler.executors.base import CouldNotStart, Exit, Launch, Liveness, Observation, Started
+from mlbox.scheduler.folders import open_plain, read_plain
 
 _SHIM = Path(__file__).parents[1] / "shim.py"
 _RUN_SHIM = (
@@ -26,12 +28,17 @@ _RUN_SHIM = (
     "exec(Loader('__main__', sys.argv[1]).get_code('__main__'))"
 )
 """What `python shim.py` does, with the bytecode cache that scripts do without: 5 ms faster."""
+_STARTED, _EXIT = "started.json", "exit.json"
 _KEY = "MLBOX_ATTEMPT_KEY"
 _KILL_PATIENCE_S = 0.5
 """How long `kill_remains` waits for what it killed; the kernel needs a few ms, unless a driver holds the process."""
 _KILL_AGAIN_S = 0.01
+_RECORD_BYTES = 1 << 16
+"""The most that is read of a record; a shim writes a few hundred bytes, and what is cut off is no JSON."""
 _HOLDER_TRIES = 10
 _HOLDER_PAUSE_S = 0.002
+
+_WRITE = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 
 _log = logging.getLogger(__name__)
 _Record = TypeVar("_Record", Started, Exit)
@@ -73,14 +80,16 @@ class LocalExecutor:
             alive = self._reap(folder)
         alive = alive or _held(folder)
         # Read after that: a shim that is gone by then has written all it ever will.
-        started = _read(folder / "started.json", Started)
-        ended = _read(folder / "exit.json", Exit)
+        started = _read(folder / _STARTED, Started)
+        ended = _read(folder / _EXIT, Exit)
         if alive:
             liveness = Liveness.ALIVE
         elif ended is not None:
             liveness = Liveness.ENDED
+        elif started is not None or any(os.path.lexists(folder / name) for name in (_STARTED, _EXIT)):
+            liveness = Liveness.VANISHED  # an unreadable record is one, too: no shim would run user code again
         else:
-            liveness = Liveness.VANISHED if started is not None else Liveness.NOT_STARTED
+            liveness = Liveness.NOT_STARTED
         return Observation(
             liveness=liveness,
             started=started,
@@ -149,7 +158,7 @@ def _write_launch(launch: Launch, cgroup_parent: Path | None) -> None:
         "cgroup_parent": None if cgroup_parent is None else str(cgroup_parent),
     }
     draft = launch.folder / f"launch.json.{os.getpid()}-{threading.get_ident()}"
-    file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    file = os.open(draft, os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | _WRITE, 0o600)
     with os.fdopen(file, "w", encoding="ascii") as opened:
         json.dump(values, opened)
     draft.rename(launch.folder / "launch.json")
@@ -160,7 +169,6 @@ def _spawn_shim(folder: Path) -> int:
 
     posix_spawn(3) does not copy the daemon's page tables; the shim closes what descriptors it may inherit.
     """
-    write = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     return os.posix_spawn(
         sys.executable,
         [sys.executable, "-I", "-S", "-E", "-c", _RUN_SHIM, str(_SHIM), str(folder)],
@@ -168,7 +176,7 @@ def _spawn_shim(folder: Path) -> int:
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0),
             (os.POSIX_SPAWN_DUP2, 0, 1),
-            (os.POSIX_SPAWN_OPEN, 2, folder / "shim.log", write, 0o600),
+            (os.POSIX_SPAWN_OPEN, 2, folder / "shim.log", os.O_CREAT | os.O_APPEND | _WRITE, 0o600),
         ],
         setsid=True,
     )
@@ -177,7 +185,7 @@ def _spawn_shim(folder: Path) -> int:
 def _held(folder: Path) -> bool:
     """Whether a shim holds the attempt's lock. Asking takes the lock, shared, for microseconds: shims allow for it."""
     try:
-        lock = os.open(folder / "lock", os.O_RDONLY | os.O_CLOEXEC)
+        lock = open_plain(folder / "lock")
     except FileNotFoundError:
         return False
     try:
@@ -192,7 +200,7 @@ def _held(folder: Path) -> bool:
 def _holder(folder: Path) -> tuple[int, int] | None:
     """Pid and start time of the shim that wrote itself into the lock last."""
     with suppress(OSError, ValueError):
-        pid, ticks = (folder / "lock").read_text(encoding="ascii").split()
+        pid, ticks = read_plain(folder / "lock", _RECORD_BYTES).split()
         return int(pid), int(ticks)
     return None
 
@@ -221,7 +229,7 @@ def _members(folder: Path, key: str) -> tuple[dict[int, processes.Process], set[
     cgroup = _cgroup(folder, key)
     if cgroup is not None:
         found |= processes.cgroup_pids(cgroup)
-    started = _read(folder / "started.json", Started)
+    started = _read(folder / _STARTED, Started)
     if started is not None and started.boot_id == processes.boot_id():
         main = table.get(started.pid)
         if main is not None and main.ticks == started.start_ticks:
@@ -234,17 +242,18 @@ def _members(folder: Path, key: str) -> tuple[dict[int, processes.Process], set[
 
 def _cgroup(folder: Path, key: str) -> Path | None:
     """The attempt's own cgroup, which has its key in its name."""
-    started = _read(folder / "started.json", Started)
+    started = _read(folder / _STARTED, Started)
     if started is None or started.cgroup is None or not started.cgroup.endswith(f".{key}"):
         return None
-    return Path(started.cgroup)
+    cgroup = Path(started.cgroup)
+    return cgroup if processes.is_cgroup(cgroup) else None
 
 
 def _read(path: Path, kind: type[_Record]) -> _Record | None:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
+        return msgspec.json.decode(read_plain(path, _RECORD_BYTES), type=kind)
     except FileNotFoundError:
         return None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         _log.warning("%s: not a record that a shim wrote, taken as missing: %s", path, error)
         return None

@@ -78,7 +78,7 @@ def open_process(pid: int, ticks: int) -> int | None:
     """A pidfd of the process that began at `ticks`; None when it is gone, whoever may have its pid by now."""
     try:
         process = os.pidfd_open(pid)
-    except OSError:
+    except (OSError, OverflowError):  # the number may be one that a job made up
         return None
     found = find(pid)
     if found is None or found.ticks != ticks:
@@ -148,21 +148,34 @@ def remove_cgroup(cgroup: Path) -> bool:
     return not cgroup.exists()
 
 
+def is_cgroup(folder: Path) -> bool:
+    """Whether a path leads into a cgroup v2 hierarchy, where nobody can put links, pipes or files of their own."""
+    return ".." not in folder.parts and any(folder.is_relative_to(mount_point) for _, mount_point in _cgroup_mounts())
+
+
 def _own_cgroup() -> Path | None:
-    """Where our cgroup of the v2 hierarchy is mounted (proc_pid_mountinfo(5), cgroups(7))."""
+    """Where our cgroup of the v2 hierarchy is mounted (cgroups(7))."""
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     own = next((Path(line.removeprefix("0::")) for line in lines if line.startswith("0::")), None)
     if own is None:
         return None
-    for mount in mounts:
-        place, _, kind = mount.partition(" - ")
-        root, mount_point = place.split()[3:5]
-        if kind.startswith("cgroup2 ") and own.is_relative_to(root):
+    for root, mount_point in _cgroup_mounts():
+        if own.is_relative_to(root):
             folder = Path(mount_point) / own.relative_to(root)
             if folder.is_dir():
                 return folder
     return None
+
+
+def _cgroup_mounts() -> list[tuple[str, str]]:
+    """(root within the hierarchy, mount point) of each mount of cgroup v2 (proc_pid_mountinfo(5))."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    split = [mount.partition(" - ") for mount in mounts]
+    places = [place.split()[3:5] for place, _, kind in split if kind.startswith("cgroup2 ")]
+    return [(root, mount_point) for root, mount_point in places]
