@@ -239,7 +239,7 @@ def report(folder: Path, seconds: float, jobs: int) -> None:
     still = idle(server, 20)
     line("idle daemon + gpu monitor, RSS MiB", f"{still['rss']:.0f}", f"promised < 100 (PSS {still['pss']:.0f})")
     line("  CPU, % of a core", f"{still['cpu']:.2f}", "promised < 1")
-    server.http.post("/api/jobs", json={"command": "sleep 3600", "priority": 100})
+    long_job = server.http.post("/api/jobs", json={"command": "sleep 3600", "priority": 100}).json()["id"]
     quiet = latencies(state, server, jobs)
     line("submit to process start, ms", f"{quiet['to_start']:.1f}", "promised < 50")
     line("job end to next start, ms", f"{quiet['between']:.1f}", "promised < 40")
@@ -257,6 +257,8 @@ def report(folder: Path, seconds: float, jobs: int) -> None:
     line("with 50,000 finished and 10,000 waiting: submits/s", f"{rate_full:.0f}", f"x{rate['ours'] / rate_full:.2f}")
     for name, key in (("submit to start", "to_start"), ("end to next start", "between")):
         line(f"  {name}, ms", f"{full[key]:.1f}", f"x{full[key] / quiet[key]:.2f}, promised <= 1.5")
+    server.http.post(f"/api/jobs/{long_job}/cancel")
+    server.http.get(f"/api/jobs/{long_job}/wait?timeout=60")
     server.stop()
     for process in psutil.process_iter(["cmdline"]):
         if str(folder) in " ".join(process.info["cmdline"] or []):

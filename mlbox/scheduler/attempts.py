@@ -175,7 +175,7 @@ class Attempts:
                 await self._finish(active, lambda job, _failures: outcome.of_loss(job, Reason.REBOOT))
             case Step.LAUNCH:
                 active.next = Next.LAUNCH
-                if active.launches:
+                if active.launches and not active.stop_wanted:
                     # Whatever a job can do wrong, its shim lives to record; so this is trouble of the box.
                     raise _NotYet(f"its supervisor ended before it began: see {active.folder / 'shim.log'}")
 
