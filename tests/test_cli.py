@@ -14,6 +14,8 @@ import pytest
 
 from mlbox.cli import main
 
+pytestmark = pytest.mark.slow
+
 JOB = {"id": 7, "state": "queued", "cause": None, "exit_code": None, "signal": None, "ended_at": None}
 Answer = tuple[int, str, bytes]
 

@@ -22,6 +22,8 @@ from mlbox.scheduler.executors.base import CouldNotStart, Executor, Liveness, St
 from mlbox.scheduler.executors.local import LocalExecutor
 from tests.scheduler.attempts import Attempt, runs, wait_until
 
+pytestmark = pytest.mark.slow
+
 HIDER = """
 import os, time
 if os.fork() == 0:

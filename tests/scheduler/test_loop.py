@@ -24,6 +24,8 @@ from mlbox.scheduler.queue import Launching
 from tests.nvml.standin import FakeGpu, StandIn
 from tests.scheduler.box import ADMIN, Box, eventually
 
+pytestmark = pytest.mark.slow
+
 UUIDS = [f"GPU-0000000{n}-1111-2222-3333-444444444444" for n in range(3)]
 
 

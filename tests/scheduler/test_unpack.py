@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 
 from mlbox.scheduler.unpack import BadArchive, Limits, check, unpack
 
+pytestmark = pytest.mark.slow
+
 FILES = {"run.sh": b"#!/bin/sh\n", "src/a.py": b"print(1)\n" * 300, "src/deep/er/b": b"", "ä ö": bytes(range(256))}
 SMALL = Limits(entries=10, total_bytes=3 << 20, ratio=20, depth=4, name_bytes=20, path_bytes=60)
 

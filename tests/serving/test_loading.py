@@ -17,6 +17,8 @@ from tests.serving import onnx_models
 from tests.serving.onnx_models import save
 from tests.serving.process import InferenceServer, eventually
 
+pytestmark = pytest.mark.slow
+
 
 def answers(server: InferenceServer, model: str = "m", version: str = "") -> float | None:
     """The weight of the `adder` that answers, None when none does."""

@@ -17,6 +17,8 @@ from mlbox.transport import listen_unix
 from tests.serving import onnx_models
 from tests.serving.process import InferenceServer, eventually
 
+pytestmark = pytest.mark.slow
+
 LONG = {"x": ("FP32", [4], [0] * 4), "n": ("INT64", [1], [150_000])}
 ENDLESS = {"x": ("FP32", [4], [0] * 4), "n": ("INT64", [1], [2**62])}
 

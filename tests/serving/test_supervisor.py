@@ -25,6 +25,8 @@ from mlbox.serving.supervisor import InferenceSupervisor
 from mlbox.transport import listen_tcp
 from tests.serving.onnx_models import adder, save
 
+pytestmark = pytest.mark.slow
+
 PATIENCE_S = 30.0
 TOKEN = new_token()
 
