@@ -18,6 +18,8 @@ import pytest
 from mlbox.scheduler import gpu_monitor
 from tests.nvml.standin import NOT_LISTED, FakeGpu, StandIn
 
+pytestmark = pytest.mark.slow
+
 ME = pwd.getpwuid(os.getuid()).pw_name
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 20.0
