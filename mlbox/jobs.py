@@ -57,10 +57,80 @@ class Reason(StrEnum):
     DEPENDENCY_FAILED = "dependency_failed"
     GPU_FAILED = "gpu_failed"
     USER = "user"
+    PREEMPTED = "preempted"
+    """Of an attempt only: its job is queued again, and never ends so."""
 
 
 RETRY_REASONS = frozenset({Reason.EXIT_CODE, Reason.SIGNAL})
 """The program failed in a way that another try may mend: `retries=n` gives these another attempt."""
+
+
+class After(StrEnum):
+    """What a job waits for in the end of another one (Slurm's words, sbatch(1), --dependency)."""
+
+    OK = "afterok"
+    """That it succeeded."""
+    ANY = "afterany"
+    """That it ended, however."""
+    NOT_OK = "afternotok"
+    """That it failed or was cancelled."""
+
+
+class Met(StrEnum):
+    """How a dependency stands."""
+
+    NOT_YET = "not_yet"
+    YES = "yes"
+    NEVER = "never"
+    """The other job ended otherwise, and ended states are final: whoever waits for it is cancelled."""
+
+
+def met(after: After, parent: JobState) -> Met:
+    """How a dependency on a job in state `parent` stands. A job with tries left is not ended, and is waited for."""
+    if parent not in ENDED:
+        return Met.NOT_YET
+    wanted = after is After.ANY or (after is After.OK) == (parent is JobState.SUCCEEDED)
+    return Met.YES if wanted else Met.NEVER
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dependency:
+    """One job that another waits for. `whole_array`: `job_id` is an array's, and every element of it is meant."""
+
+    job_id: int
+    after: After = After.OK
+    whole_array: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrayPlace:
+    """Where a job stands in its array: `id` is the id of the array's first job, `index` what the user numbered it.
+
+    `size` counts the elements; at most `at_once` of them hold resources at one time (None: no cap).
+    """
+
+    id: int
+    index: int
+    size: int
+    at_once: int | None = None
+
+
+class Launcher(StrEnum):
+    """How a job on several GPUs is started. The variables of torch.distributed are set for both."""
+
+    PLAIN = "plain"
+    """The program once; it makes its ranks itself."""
+    TORCHRUN = "torchrun"
+    """The command once for each GPU, as torchrun does; one rank that dies ends the job, and is named."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarnSignal:
+    """A signal sent `before_s` seconds before the time limit, to the main process only or to the whole tree."""
+
+    number: int
+    before_s: float
+    main_only: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +139,9 @@ class JobSpec:
 
     `gpus` counts whole GPUs, `cpus` cores; `mem_mib` is MiB of host memory; `time_limit_s` and `grace_s` are
     seconds; `not_before` is Unix seconds. `code` is the archive's format where one was sent, else None.
+    `gpu_mem_mib` is set instead of `gpus` and asks a share of one GPU. `output`, `error` are files that get a copy of
+    what the job prints (Slurm's patterns expanded), relative to its folder. `notify_on` are Slurm's words of
+    --mail-type in lower case (`begin`, `end`, `fail`, `requeue`, `time_limit`).
     """
 
     command: str | None = None
@@ -79,16 +152,51 @@ class JobSpec:
     project: str = "default"
     env: Mapping[str, str] = field(default_factory=dict[str, str])
     gpus: int = 0
+    gpu_mem_mib: int | None = None
     cpus: int | None = None
     mem_mib: int | None = None
     time_limit_s: float | None = None
     grace_s: float = 30.0
+    warn_signal: WarnSignal | None = None
     priority: int = 0
+    preemptible: bool = False
+    depends_on: tuple[Dependency, ...] = ()
     retries: int = 0
     requeue: bool = False
+    launch: Launcher | None = None
     model: str | None = None
     hold: bool = False
     not_before: float | None = None
+    output: str | None = None
+    error: str | None = None
+    notify: tuple[str, ...] = ()
+    notify_on: tuple[str, ...] = ("end", "fail")
+
+    @property
+    def wants_gpu(self) -> bool:
+        """Whether it needs a GPU, whole or in part."""
+        return self.gpus > 0 or self.gpu_mem_mib is not None
+
+    @property
+    def slots(self) -> int:
+        """CPU slots that it takes: its cores where it asks no GPU, else none."""
+        return 0 if self.wants_gpu else self.cpus or 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Element:
+    """One element of an array as it was asked for: its number, and the variables of a matrix."""
+
+    index: int
+    env: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArraySpec:
+    """An array as it was asked for: its elements in the order of submit, and how many may run at once."""
+
+    elements: tuple[Element, ...]
+    at_once: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +231,11 @@ class Job:
     log_bytes: int | None = None
     files_removed: bool = False
     retry_of: int | None = None
+    array: ArrayPlace | None = None
+    eligible_at: float | None = None
+    """Since when nothing but the queue keeps it waiting (its dependencies are met); None while it depends."""
+    adopted: bool = False
+    """Whether it was begun outside mlbox and taken in while it ran."""
     usage: Usage = field(default_factory=Usage)
 
     @property
