@@ -37,9 +37,9 @@ lint: ## style, types and layers only
 	@$(BIN)/pyright
 	@$(BIN)/lint-imports
 
-bench: ## measure, each figure beside its floor
+bench: ## measure, each figure beside its floor (ARGS: policy, month, drain or scheduler, and their arguments)
 	@scripts/setup tests
-	@$(BIN)/python -m bench.scheduler $(ARGS)
+	@$(BIN)/python -m bench.$(or $(ARGS),scheduler)
 
 lock: ## requirements.lock anew from pyproject.toml (ARGS=--upgrade: newest versions)
 	@scripts/setup run

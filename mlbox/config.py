@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import os
 import re
 import tomllib
@@ -45,9 +46,44 @@ class ServerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QuotaConfig:
+    """The most that somebody may have; what is left out has no limit."""
+
+    gpus: int | None = None
+    """GPUs held at once."""
+    waiting: int | None = None
+    """Jobs waiting at once."""
+    gpu_hours: float | None = None
+    """GPU-hours within the last `window_h` hours."""
+    window_h: float = 168.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
     cpu_slots: int = 0
     """How many jobs without a GPU run at once; 0: one for each core."""
+    half_life_h: float = 168.0
+    """After so long a GPU-hour counts half in the fair share."""
+    priority_weight: float = 1000.0
+    fair_share_weight: float = 100.0
+    age_weight: float = 1.0
+    """What a step of priority, the fair-share factor (0 to 1) and the age (0 to 1) count in a job's rank."""
+    age_max_h: float = 168.0
+    """A job that has waited so long grows no older."""
+    shares: Mapping[str, float] = field(default_factory=dict[str, float])
+    """What part of the box a user is due, against 1 for everybody who is not named."""
+    gpu_weights: Mapping[str, float] = field(default_factory=dict[str, float])
+    """What a second on a GPU is charged, by a word in its name (`H100 = 2.0`); 1 for those not named."""
+    cpu_slot_weight: float = 0.05
+    """What a second on a CPU slot is charged, against a GPU's 1."""
+    reservations: int = 8
+    """How many blocked jobs get a planned start that no job behind them may delay; 1 is EASY backfill."""
+    min_run_s: float = 300.0
+    """A preemptible job runs at least so long before it gives way."""
+    quota: QuotaConfig = field(default_factory=QuotaConfig)
+    """For each user that `users` does not name."""
+    users: Mapping[str, QuotaConfig] = field(default_factory=dict[str, QuotaConfig])
+    projects: Mapping[str, QuotaConfig] = field(default_factory=dict[str, QuotaConfig])
     waiting_max: int = 200_000
     """Submits beyond this many waiting jobs are refused with 429."""
     repair_s: float = 5.0
@@ -55,6 +91,18 @@ class SchedulerConfig:
     gpu_sample_s: float = 2.0
     gpu_silence_s: float = 15.0
     """A gpu monitor that is silent for so long is killed; its GPUs are `unknown` until it speaks again."""
+    over_share: str = "warn"
+    """What happens to a job that uses more of a shared GPU than it asked for: `warn` or `stop`."""
+    over_share_s: float = 60.0
+    """After how long."""
+    idle_notice_s: float = 1800.0
+    """Who holds GPUs that do nothing for so long is told; 0: never."""
+    idle_lower_s: float = 0.0
+    """After so long such a job gives way like one of the lowest priority, if it is preemptible; 0: never."""
+    idle_stop_s: float = 0.0
+    """After so long it is stopped; 0: never."""
+    drain_suspects: bool = True
+    """Drain a GPU on which three jobs of two users failed in a row."""
     ignore_processes: tuple[str, ...] = ()
     """Names of programs whose compute processes do not make a GPU `foreign` (a monitoring agent, say)."""
 
@@ -65,6 +113,10 @@ class JobsConfig:
     """So much of the beginning of a log is always kept."""
     log_max: str = "1G"
     """Cap of a log: its beginning and the newest rest."""
+    keep_days: float = 0.0
+    """Logs, code and artifacts of jobs that ended longer ago are removed; 0: never. Their rows stay."""
+    keep_size: str = ""
+    """Above this size in all the files of the jobs that ended first are removed, such as 500G; empty: no bound."""
     grace_s: float = 30.0
     """Default time between TERM and KILL."""
     shell: str = ""
@@ -100,6 +152,12 @@ class JobsConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NotifyConfig:
+    sendmail: str = "/usr/sbin/sendmail -i"
+    """What sends mail to the addresses that jobs name; it gets the message on its standard input. Empty: nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServingConfig:
     enabled: bool = True
     models: str = ""
@@ -126,6 +184,7 @@ class Config:
     server: ServerConfig = field(default_factory=ServerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     jobs: JobsConfig = field(default_factory=JobsConfig)
+    notify: NotifyConfig = field(default_factory=NotifyConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
 
     @property
@@ -217,11 +276,14 @@ _CHECKS: Mapping[str, Callable[[Any], object]] = {
     "server.body_timeout_s": _positive,
     "server.session_hours": _positive,
     "scheduler.repair_s": _positive,
+    "scheduler.half_life_h": _positive,
     "scheduler.gpu_sample_s": _positive,
     "scheduler.gpu_silence_s": _positive,
     "jobs.log_head": size_bytes,
     "jobs.log_max": size_bytes,
+    "jobs.keep_size": lambda text: size_bytes(text) if text else 0,
     "jobs.shell": _path,
+    "scheduler.over_share": _one_of("warn", "stop"),
     "serving.models": _path,
     "serving.http": host_port,
     "serving.gpu": _one_of("prefer", "require", "never"),
@@ -255,7 +317,7 @@ def _parts(dotted: str) -> tuple[str, ...]:
 
 def _section(cls: type[Any], table: Mapping[str, object], source: _Source, path: tuple[str, ...]) -> Any:
     """The dataclass `cls` with the values of `table`. Raises BadConfig for the first that cannot be meant."""
-    known = typing.get_type_hints(cls)
+    known = _known_keys(cls)
     values: dict[str, object] = {}
     for key, value in table.items():
         here = (*path, key)
@@ -265,17 +327,42 @@ def _section(cls: type[Any], table: Mapping[str, object], source: _Source, path:
             near = difflib.get_close_matches(key[:64], known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
             raise BadConfig(f"{where} is an unknown key; {hint}")
-        if dataclasses.is_dataclass(known[key]):
+        hint = known[key]
+        if dataclasses.is_dataclass(hint) or typing.get_origin(hint) is Mapping:
             if not isinstance(value, dict):
                 raise BadConfig(f"{where} is a section: write [{name}]")
-            values[key] = _section(cast("type[Any]", known[key]), cast("dict[str, object]", value), source, here)
+            read = _named if typing.get_origin(hint) is Mapping else _section
+            values[key] = read(cast("type[Any]", hint), cast("dict[str, object]", value), source, here)
         else:
-            values[key] = _value(known[key], value, name, where)
+            values[key] = _value(hint, value, name, where)
     return cls(**values)
+
+
+@functools.cache
+def _known_keys(cls: type[Any]) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _named(hint: Any, table: Mapping[str, object], source: _Source, path: tuple[str, ...]) -> Any:
+    """A section whose keys are the user's own names (`[scheduler.shares]`)."""
+    _, kind = typing.get_args(hint)
+    values: dict[str, object] = {}
+    for key, value in table.items():
+        here = (*path, key)
+        where = f"{source.at(here)}: {'.'.join(here)[:80]!r}"
+        if not dataclasses.is_dataclass(kind):
+            values[key] = _value(kind, value, ".".join(here), where)
+        elif isinstance(value, dict):
+            values[key] = _section(cast("type[Any]", kind), cast("dict[str, object]", value), source, here)
+        else:
+            raise BadConfig(f"{where} is a section: write [{'.'.join(here)}]")
+    return values
 
 
 def _value(hint: Any, value: object, name: str, where: str) -> object:
     """`value` as the type the key wants. Raises BadConfig that says what it wants."""
+    if isinstance(hint, types.UnionType):  # int | None: TOML cannot write None, so it is the default alone
+        hint = next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
     if isinstance(hint, types.GenericAlias):  # tuple[str, ...] is the only one
         items = cast("list[object]", value) if isinstance(value, list) else None
         if items is None or not all(isinstance(item, str) for item in items):
@@ -298,14 +385,17 @@ def _value(hint: Any, value: object, name: str, where: str) -> object:
 def _override(override: str) -> dict[str, object]:
     """One `--set section.key=value` as a table; the value is TOML, a bare word is a string."""
     name, equals, text = override.partition("=")
-    *section, key = name.strip().split(".")
-    if not equals or len(section) > 1:
+    *sections, key = name.strip().split(".")
+    if not equals or not all((*sections, key)):
         raise BadConfig(f"--set {override}: write it as section.key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
         value = text
-    return {section[0]: {key: value}} if section else {key: value}
+    table: dict[str, object] = {key: value}
+    for section in reversed(sections):
+        table = {section: table}
+    return table
 
 
 def _merged(table: Mapping[str, object], over: Mapping[str, object]) -> dict[str, object]:

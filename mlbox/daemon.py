@@ -12,8 +12,10 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +23,7 @@ import msgspec
 import uvloop
 
 from mlbox import __version__, transport
-from mlbox.config import Config, host_port
+from mlbox.config import Config, host_port, size_bytes
 from mlbox.database import Database, FolderLock
 from mlbox.errors import Conflict, MlboxError, Unavailable
 from mlbox.events import GPUS, Events
@@ -32,6 +34,8 @@ from mlbox.scheduler.gpus import GpuInventory, MonitorOptions
 from mlbox.scheduler.launching import Surroundings
 from mlbox.scheduler.logs import LogBoard
 from mlbox.scheduler.loop import Loop
+from mlbox.scheduler.notifier import Notifier
+from mlbox.scheduler.rules import rules_of, waiting_quota, watch_rules, weight_of
 from mlbox.scheduler.service import JobService
 from mlbox.scheduler.state import SchedulerState
 from mlbox.serving.deployments import Deployments
@@ -48,6 +52,7 @@ EXIT_TAKEN = 75
 _FIRST_SAMPLE_S = 3.0
 """How long a start waits for the GPUs before it answers without knowing them."""
 _DRAIN_S = 5.0
+_PRUNE_S = 3600.0
 _STUBBORN_S = 10.0
 """How long the process waits at its end for threads that the kernel holds (a dead network file system, say)."""
 
@@ -89,6 +94,8 @@ class _Parts:
 
     gpus: GpuInventory
     loop: Loop
+    jobs: JobService
+    notifier: Notifier
     deployments: Deployments
     credentials: Credentials
     logs: LogBoard
@@ -169,7 +176,12 @@ class _Daemon:
         tools = state / "bin"
         with _tolerated("jobs do without the uv that came with mlbox"):
             launching.offer_uv(tools, sys.executable)
-        scheduled = SchedulerState(slots=config.scheduler.cpu_slots or os.cpu_count() or 1)
+        scheduled = SchedulerState(
+            slots=config.scheduler.cpu_slots or os.cpu_count() or 1,
+            rules=rules_of(config),
+            ignored=frozenset(config.scheduler.ignore_processes),
+            weight_of=partial(weight_of, config),
+        )
 
         def gpus_changed() -> None:
             events.publish(GPUS)
@@ -188,6 +200,7 @@ class _Daemon:
             state=scheduled,
             surroundings=Surroundings.of(config.jobs, os.environ, f"http://{self._endpoints['http']}", tools),
             repair_s=config.scheduler.repair_s,
+            watch=watch_rules(config),
         )
         jobs = JobService(
             database=database,
@@ -197,6 +210,8 @@ class _Daemon:
             state=scheduled,
             wake=loop.wake,
             waiting_max=config.scheduler.waiting_max,
+            waiting_quota=partial(waiting_quota, scheduled.rules),
+            take_up=loop.take_up,
         )
         credentials = Credentials(
             database, job_of_token=jobs.job_of_token, session_s=3600 * config.server.session_hours
@@ -241,6 +256,8 @@ class _Daemon:
         return _Parts(
             gpus=gpus,
             loop=loop,
+            jobs=jobs,
+            notifier=Notifier(database, events, config.notify.sendmail),
             deployments=deployments,
             credentials=credentials,
             logs=logs,
@@ -264,6 +281,8 @@ class _Daemon:
                 tasks.append(_spawn(group, "deployments", parts.deployments.run))
                 tasks.append(_spawn(group, "credentials", parts.credentials.run))
                 tasks.append(_spawn(group, "logs", parts.logs.run))
+                tasks.append(_spawn(group, "notices", parts.notifier.run))
+                tasks.append(_spawn(group, "retention", partial(_keep_in_bounds, parts.jobs, self._config)))
                 if parts.supervisor:
                     tasks.append(_spawn(group, "inference", parts.supervisor.run))
                 web = group.create_task(parts.server.serve(sockets=sockets), name="web")
@@ -292,6 +311,16 @@ class _Daemon:
             ", ".join(f"{name} {where}" for name, where in self._endpoints.items()),
             gpus,
         )
+
+
+async def _keep_in_bounds(jobs: JobService, config: Config) -> None:
+    """Remove the oldest files of ended jobs, again and again, where the configuration bounds them."""
+    keep = config.jobs
+    while keep.keep_days or keep.keep_size:
+        keep_bytes = size_bytes(keep.keep_size) if keep.keep_size else None
+        with _tolerated("old files of jobs stay for now"), contextlib.suppress(Unavailable):
+            await jobs.prune(time.time(), keep_days=keep.keep_days or None, keep_bytes=keep_bytes)
+        await asyncio.sleep(_PRUNE_S)
 
 
 def _spawn(group: asyncio.TaskGroup, name: str, part: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:

@@ -139,7 +139,7 @@ def test_an_override_can_mend_what_the_file_has_wrong_together(tmp_path: Path) -
     ("override", "says"),
     [
         ("scheduler.cpu_slots", "--set scheduler.cpu_slots: write it as section.key=value"),
-        ("a.b.c=1", "write it as section.key=value"),
+        ("a..c=1", "write it as section.key=value"),
         ("scheduler.cpu_slot=1", "--set scheduler.cpu_slot=1: 'scheduler.cpu_slot' is an unknown key; did you mean"),
         ("nonsense=1", "'nonsense' is an unknown key"),
         ("scheduler=1", "'scheduler' is a section"),

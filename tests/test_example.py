@@ -186,12 +186,13 @@ class Demo:
         return int((self.folder / "daemon.pid").read_text())
 
     def running(self) -> list[str]:
-        """Command lines of processes that live in the demo's folder, the demo itself aside."""
+        """Command lines and folders of processes that live in the demo's folder, the demo itself aside."""
         found: list[str] = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) not in (os.getpid(), self.process.pid):
                 try:
                     command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    command += f"(in {(entry / 'cwd').readlink()})"
                 except OSError:
                     continue
                 if str(self.folder) in command:

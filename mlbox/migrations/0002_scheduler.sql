@@ -51,6 +51,9 @@ ALTER TABLE attempts ADD COLUMN backfilled INTEGER NOT NULL DEFAULT 0 CHECK (bac
 ALTER TABLE attempts ADD COLUMN stop_requested_at REAL;
 ALTER TABLE attempts ADD COLUMN stop_why TEXT CHECK (stop_why IN ('preempted', 'over_share', 'idle', 'gpu_failed'));
 ALTER TABLE attempts ADD COLUMN stop_cause TEXT;
+-- The process that an adopted job's attempt took in: its pid, and its start in clock ticks since boot.
+ALTER TABLE attempts ADD COLUMN adopted_pid INTEGER;
+ALTER TABLE attempts ADD COLUMN adopted_ticks INTEGER CHECK ((adopted_ticks IS NULL) = (adopted_pid IS NULL));
 -- GPU-seconds for which its GPUs did nothing.
 ALTER TABLE attempts ADD COLUMN idle_gpu_seconds REAL NOT NULL DEFAULT 0;
 

@@ -48,18 +48,24 @@ class Folders:
         """The archive that came with the submit."""
         return self.job(job.id) / f"code.{job.spec.code}" if job.spec.code else None
 
-    def keep_code(self, job_id: int, form: str, upload: Path) -> None:
+    def keep_code(self, job_id: int, form: str, upload: Path, count: int = 1) -> None:
         """Move an upload to where job `job_id` will look for it, and make that durable. Blocking.
 
-        The id was just reserved, so whatever lies in its folder is left from a submit that was never acknowledged.
+        `count` jobs from `job_id` on get the same archive (an array's), under names of their own. Their ids were just
+        reserved, so whatever lies in their folders is left from a submit that was never acknowledged.
         """
-        folder = self.job(job_id)
-        _remove(folder)
-        folder.mkdir(mode=0o700)
         with upload.open("rb") as file:
             os.fsync(file.fileno())
-        upload.rename(folder / f"code.{form}")
-        sync_folder(folder)
+        for each in range(job_id + count - 1, job_id - 1, -1):  # the first one last: it takes the upload itself
+            folder = self.job(each)
+            _remove(folder)
+            folder.mkdir(mode=0o700)
+            target = folder / f"code.{form}"
+            if each == job_id:
+                upload.rename(target)
+            else:
+                _same_file(upload, target)
+            sync_folder(folder)
         sync_folder(self.jobs)
 
     def copy_code(self, job: Job) -> Path | None:
@@ -71,10 +77,7 @@ class Folders:
         if source is None:
             return None
         copy = self.incoming / f"again-{job.id}-{os.urandom(8).hex()}"
-        try:
-            copy.hardlink_to(source)
-        except OSError:  # a file system without hard links, or no such file: then this says so
-            shutil.copyfile(source, copy)
+        _same_file(source, copy)
         return copy
 
     def forget_unknown(self, highest_id: int) -> None:
@@ -84,6 +87,13 @@ class Folders:
                 with contextlib.suppress(OSError):
                     _remove(folder)
 
+    def sizes(self) -> dict[int, int]:
+        """Bytes on disk of each job's folder, by job id; a file with several names counts once. Blocking, and slow."""
+        linked: set[tuple[int, int]] = set()
+        return {
+            int(folder.name): _bytes_of(folder, linked) for folder in self.jobs.iterdir() if folder.name.isdecimal()
+        }
+
     def remove(self, job_id: int) -> None:
         """Remove everything a job left on disk. Blocking. Raises Conflict where somebody else owns a part of it."""
         try:
@@ -92,6 +102,28 @@ class Folders:
             raise Conflict(
                 f"job {job_id} left files that mlbox may not remove ({error.filename}): remove them by hand"
             ) from error
+
+
+def _bytes_of(folder: Path, linked: set[tuple[int, int]]) -> int:
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # a running job removes files meanwhile
+                facts = os.lstat(os.path.join(parent, name))  # noqa: PTH118  # Path would cost more than the lstat
+                if facts.st_nlink > 1:
+                    if (facts.st_dev, facts.st_ino) in linked:
+                        continue
+                    linked.add((facts.st_dev, facts.st_ino))
+                total += facts.st_blocks * 512  # stat(2): in units of 512 bytes, holes not counted
+    return total
+
+
+def _same_file(source: Path, copy: Path) -> None:
+    """Another name for a file."""
+    try:
+        copy.hardlink_to(source)
+    except OSError:  # a file system without hard links, or no such file: then this says so
+        shutil.copyfile(source, copy)
 
 
 def _remove(path: Path) -> None:

@@ -1,8 +1,7 @@
-"""The GPUs of this box: what NVML says about them, and who holds each.
+"""The GPUs of this box as NVML shows them.
 
 `GpuInventory` runs the gpu monitor (a process of its own, for NVML can hang in the kernel) and keeps its latest sample.
-What that means for a user of the box is decided by `state_of`, which is pure. A GPU is known by its UUID, never by its
-index: that changes when another GPU is added or lost.
+What that means for a user of the box is decided in `gpu_state`, whose words can be had here too.
 """
 
 import asyncio
@@ -12,18 +11,52 @@ import math
 import os
 import subprocess
 import sys
+import sysconfig
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, Literal, cast
+from typing import IO, cast
 
 import msgspec
+
+from mlbox.scheduler.gpu_state import (
+    Gpu,
+    GpuLink,
+    GpuProcess,
+    GpuState,
+    GpuStatus,
+    Viewpoint,
+    Xid,
+    effective_free_mib,
+    leftovers,
+    over_share,
+    state_of,
+)
+
+__all__ = [
+    "Gpu",
+    "GpuInventory",
+    "GpuLink",
+    "GpuProcess",
+    "GpuState",
+    "GpuStatus",
+    "Inventory",
+    "MonitorOptions",
+    "Nvml",
+    "Viewpoint",
+    "Xid",
+    "effective_free_mib",
+    "leftovers",
+    "over_share",
+    "state_of",
+]
 
 log = logging.getLogger(__name__)
 
 _MONITOR = Path(__file__).with_name("gpu_monitor.py")
+_ROOT = Path(__file__).parents[2]
 _LINE_BYTES = 8 << 20
 """Longest line the monitor may send; eight GPUs with a thousand processes each stay below a quarter of it."""
 _SILENCE_PARTS = 3
@@ -33,78 +66,11 @@ _KILL_S = 2.0
 _STEADY_S = 60.0
 """A monitor that lived this long is not blamed for the ends of those before it."""
 _LONGEST_DELAY_S = 60.0
-
-
-class GpuState(StrEnum):
-    """What a GPU is to somebody who wants one. Only `free` ones are given to jobs."""
-
-    FREE = "free"
-    LEASED = "leased"
-    """Held by a job that is starting or running."""
-    FOREIGN = "foreign"
-    """A process that computes on it has no right to it from mlbox: somebody works around the queue."""
-    DRAINING = "draining"
-    """Held until something ends: processes of an attempt that is over, or a job on a GPU that is to be drained."""
-    DRAINED = "drained"
-    """Taken out of service by an admin, who also brings it back."""
-    UNKNOWN = "unknown"
-    """Nobody can tell: NVML fails or hangs, the GPU is lost, or mlbox cannot judge it. Comes back by itself."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GpuProcess:
-    """A process that holds GPU memory. None is "NVML or /proc does not tell", which is not zero.
-
-    `kind` is C for computing (also through MPS), G for graphics. `started_at` is Unix seconds. `command` is shortened.
-    `attempt_key` is the MLBOX_ATTEMPT_KEY of the process or its nearest ancestor.
-    """
-
-    pid: int
-    kind: Literal["C", "G", "C+G"]
-    memory_mib: int | None = None
-    user: str | None = None
-    command: str | None = None
-    started_at: float | None = None
-    attempt_key: str | None = None
-
-    @property
-    def computes(self) -> bool:
-        """Whether it keeps jobs off its GPU. A desktop (Xorg, gnome-shell) draws and computes nothing: type G alone."""
-        return self.kind != "G"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GpuLink:
-    """How near another GPU is: `level` as in `nvidia-smi topo -m` (PIX, PXB, PHB, NODE, SYS; PSB: on one board)."""
-
-    uuid: str
-    level: str | None
-    nvlinks: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
-    """A GPU as the latest sample showed it. None is "NVML does not tell", which is not zero.
-
-    `error` says why nothing is known about it now; all readings are None then. `processes` is None where NVML cannot
-    list those that compute.
-    """
-
-    uuid: str
-    index: int
-    name: str
-    bus_id: str
-    minor: int | None = None
-    memory_mib: int | None = None
-    used_mib: int | None = None
-    free_mib: int | None = None
-    utilization: int | None = None
-    power_w: float | None = None
-    temperature_c: int | None = None
-    mig: bool = False
-    processes: tuple[GpuProcess, ...] | None = None
-    links: tuple[GpuLink, ...] = ()
-    error: str | None = None
+_GAP_S = 60.0
+"""After so long without a sample nobody knows any more whether a GPU was idle all the time."""
+_XIDS_MAX = 32
+_XIDS_S = 86400.0
+"""How many kinds of errors of a GPU are remembered and for how long; a verdict on one is drawn within seconds."""
 
 
 class Nvml(StrEnum):
@@ -129,83 +95,12 @@ class Inventory:
     gpus: tuple[Gpu, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GpuStatus:
-    """A GPU's state and, unless it is free, why: `bob's python (pid 4711) holds 642 MiB`."""
-
-    index: int
-    state: GpuState
-    why: str | None = None
-
-    @property
-    def message(self) -> str:
-        return f"GPU {self.index}: {self.why or self.state}"
-
-
-def state_of(gpu: Gpu, leases: Mapping[str, str], drained: str | None, own_keys: Mapping[str, str]) -> GpuStatus:
-    """What `gpu` is to its users.
-
-    `leases`: the attempts that hold a lease on it; `own_keys`: all attempts that are starting or running, on whichever
-    GPU; both from attempt key to whose it is (`job 12`). `drained`: who took it out of service, or why, else None.
-    A process of a live attempt on a GPU that this attempt does not lease is as foreign as anybody's.
-    """
-    computing = [process for process in gpu.processes or () if process.computes]
-    strangers = [process for process in computing if process.attempt_key not in leases]
-    holders = " and ".join(leases.values())
-    jobs = {key: f"{who}'s" for key, who in own_keys.items()}
-    state, why = GpuState.FREE, None
-    if trouble := gpu.error or _unjudgeable(gpu):
-        state, why = GpuState.UNKNOWN, trouble
-    elif over := {key: who for key, who in leases.items() if key not in own_keys}:
-        state, why = GpuState.DRAINING, _leftovers(over, computing)
-    elif drained is not None and leases:
-        state, why = GpuState.DRAINING, f"{drained}; {holders} still runs on it"
-    elif drained is not None:
-        state, why = GpuState.DRAINED, drained
-    elif leases:
-        beside = f"; beside it {_held(strangers, jobs)}" if strangers else ""
-        state, why = GpuState.LEASED, f"leased by {holders}{beside}"
-    elif strangers:
-        state, why = GpuState.FOREIGN, _held(strangers, jobs)
-    return GpuStatus(index=gpu.index, state=state, why=why)
-
-
-def _unjudgeable(gpu: Gpu) -> str | None:
-    if gpu.mig:
-        return "it is in MIG mode, and mlbox gives whole GPUs only: switch MIG off to use it"
-    if gpu.processes is None:
-        return "NVML does not list its processes, so nobody knows whether it is in use"
-    return None
-
-
-def _leftovers(over: Mapping[str, str], computing: Sequence[GpuProcess]) -> str:
-    """Whose memory is still on a GPU whose attempts are over."""
-    ended = f"{' and '.join(over.values())} {'has' if len(over) == 1 else 'have'} ended"
-    left = [process for process in computing if process.attempt_key in over]
-    if not left:
-        return f"{ended}; the GPU is about to be given back"
-    return f"{ended}, but {_held(left, dict.fromkeys(over, 'its'))}"
-
-
-def _held(processes: Sequence[GpuProcess], whose: Mapping[str, str]) -> str:
-    """`bob's python (pid 4711) holds 642 MiB`, about the process that holds most; one of unknown size may be that.
-
-    `whose`: attempt key to `job 12's`, for processes that are not to be called by their user.
-    """
-    first = max(processes, key=lambda process: math.inf if process.memory_mib is None else process.memory_mib)
-    owner = whose.get(first.attempt_key or "", f"{first.user or 'somebody'}'s")
-    program = (first.command or "").split()[:1] or ["process"]
-    amount = "memory, NVML does not say how much" if first.memory_mib is None else f"{first.memory_mib} MiB"
-    more = len(processes) - 1
-    others = f" (and {more} more process{'' if more == 1 else 'es'})" if more else ""
-    return f"{owner} {program[0]} (pid {first.pid}) holds {amount}{others}"
-
-
 class _Lost(msgspec.Struct, frozen=True):
     """A GPU that NVML counts but cannot reach: not even its UUID is known."""
 
     index: int
     error: str
+    error_code: int | None = None
 
 
 class _Found(msgspec.Struct, frozen=True, tag="found", tag_field="line"):
@@ -220,6 +115,15 @@ class _Sample(msgspec.Struct, frozen=True, tag="sample", tag_field="line"):
     taken: float
     gpus: tuple[Gpu, ...]
     lost: tuple[_Lost, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Quiet:
+    """Since when a GPU has not been used, and not been used though held (Unix seconds); seen last in the sample."""
+
+    unused_since: float | None
+    idle_since: float | None
+    seen: float
 
 
 _decode = msgspec.json.Decoder(_Found | _Sample).decode
@@ -258,6 +162,8 @@ class GpuInventory:
         self._driver: str | None = None
         self._unreachable = ""
         self._known: dict[str, Gpu] = {}
+        self._quiet: dict[str, _Quiet] = {}
+        self._adopted: dict[str, tuple[int, int]] = {}
         self._trouble: str | None = None
         self._taken = -math.inf
         self._asked: float | None = None
@@ -279,7 +185,7 @@ class GpuInventory:
             nvml=self._nvml,
             message=self._message + self._unreachable,
             driver=self._driver,
-            gpus=tuple(sorted(gpus, key=lambda gpu: (gpu.index, gpu.uuid))),
+            gpus=tuple(sorted(gpus, key=lambda gpu: (*gpu.place, gpu.uuid))),
         )
 
     async def wait_first(self, timeout_s: float) -> bool:
@@ -300,12 +206,30 @@ class GpuInventory:
     def clean(self, uuid: str, attempt_key: str, after: float) -> bool:
         """Whether a sample begun after `after` (time.monotonic()) shows no process of the attempt on that GPU.
 
-        False as well where nobody knows: no such sample yet, or the GPU does not answer.
+        False as well where nobody knows: no such sample yet, or the GPU does not answer. A process that only has the
+        GPU's device file open holds none of it. A MIG device that no GPU has any more is clean: it is removed only
+        while nothing runs on it.
         """
-        gpu = next((gpu for gpu in self.current().gpus if gpu.uuid == uuid), None)
-        if gpu is None or gpu.processes is None or self._taken <= after:
+        gpus = {gpu.uuid: gpu for gpu in self.current().gpus}
+        gpu = gpus.get(uuid)
+        if self._taken <= after:
             return False
-        return all(process.attempt_key != attempt_key for process in gpu.processes)
+        if gpu is None:
+            return uuid.startswith("MIG-") and not self._unreachable and all(gpu.error is None for gpu in gpus.values())
+        if gpu.processes is None:
+            return False
+        return all(process.attempt_key != attempt_key or process.kind == "F" for process in gpu.processes)
+
+    def adopt(self, pid: int, ticks: int, key: str) -> None:
+        """From now on the process `pid` that started at `ticks` (clock ticks since boot), and what descends from it,
+        belongs to the attempt `key`; the next sample shows it. Lasts until `forget`, whatever the monitor does."""
+        self._adopted[key] = (pid, ticks)
+        self._tell_adopted(key)
+
+    def forget(self, key: str) -> None:
+        """The adopted run is over. Nothing happens for a key that was never adopted."""
+        if self._adopted.pop(key, None) is not None:
+            self._tell(f"forget {key}")
 
     async def run(self) -> None:
         """Keep a gpu monitor running until cancelled, and then end it.
@@ -326,16 +250,22 @@ class GpuInventory:
         """Start a gpu monitor and take its lines until it must be replaced; returns why, with the monitor dead."""
         options = self._options
         command = [sys.executable, "-P", str(_MONITOR), f"--period={options.period_s}", f"--retry={options.retry_s}"]
+        environment = dict(os.environ if options.environment is None else options.environment)
+        if str(_ROOT) != sysconfig.get_path("purelib"):  # not installed: the monitor would not find this package
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), environment.get("PYTHONPATH"))))
         try:
             # -P keeps this package's `queue` and `logs` from hiding the standard library's. Its own session: Ctrl-C at
             # a terminal is for the daemon, with whose end the monitor's stdin ends.
             monitor = subprocess.Popen(  # noqa: ASYNC220  # a few ms, once
-                command, stdin=-1, stdout=-1, bufsize=0, env=options.environment, start_new_session=True
+                command, stdin=-1, stdout=-1, bufsize=0, env=environment, start_new_session=True
             )
         except OSError as error:
             return f"the gpu monitor cannot be started: {error}"
         stdin, stdout = cast(IO[bytes], monitor.stdin), cast(IO[bytes], monitor.stdout)
         self._stdin = stdin.fileno()
+        os.set_blocking(self._stdin, False)  # a monitor that stands still must not make the daemon stand still
+        for key in self._adopted:
+            self._tell_adopted(key)
         try:
             why = await self._listen(stdout)
         finally:
@@ -379,7 +309,7 @@ class GpuInventory:
             self._found(line)
         else:
             self._nvml, self._trouble, self._taken = Nvml.OK, None, line.taken
-            self._known = _merged(self._known, line)
+            self._known = _merged(self._known, self._with_memory(line))
             self._unreachable = _unreachable(line, self._known)
             self._answered.set()
             if self._asked is not None and line.taken >= self._asked:
@@ -412,34 +342,103 @@ class GpuInventory:
         box = self.current()
         return replace(box, gpus=tuple(replace(gpu, power_w=None, temperature_c=None) for gpu in box.gpus))
 
+    def _with_memory(self, sample: _Sample) -> _Sample:
+        """The sample with what only samples before it tell: since when each GPU is idle, and its earlier XIDs."""
+        moment = time.time() - (time.monotonic() - sample.taken)
+        gpus: list[Gpu] = []
+        for gpu in sample.gpus:
+            before = self._known.get(gpu.uuid)
+            xids = {xid.xid: xid for xid in before.xids if moment - xid.at < _XIDS_S} if before else {}
+            for xid in gpu.xids:
+                if xid.xid not in xids:
+                    log.warning("gpus: GPU %s: the driver reports XID %d", gpu.label, xid.xid)
+                earlier = xids[xid.xid].count if xid.xid in xids else 0
+                xids[xid.xid] = replace(xid, count=earlier + xid.count)
+            new = replace(gpu, xids=tuple(xids.values())[-_XIDS_MAX:])
+            if gpu.error is None:
+                quiet = _quiet(gpu, self._quiet.get(gpu.uuid), sample.taken, moment)
+                self._quiet[gpu.uuid] = quiet
+                new = replace(new, unused_since=quiet.unused_since, idle_since=_idle_since(gpu, quiet))
+            gpus.append(new)
+        return msgspec.structs.replace(sample, gpus=tuple(gpus))
+
     def _poke(self) -> None:
+        self._tell("")
+
+    def _tell_adopted(self, key: str) -> None:
+        pid, ticks = self._adopted[key]
+        self._tell(f"adopt {pid} {ticks} {key}")
+
+    def _tell(self, line: str) -> None:
+        """Write to the monitor; lost where it does not read, and then another one is started and told everything."""
         if self._stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                os.write(self._stdin, b"\n")
+            with contextlib.suppress(BrokenPipeError, BlockingIOError):
+                os.write(self._stdin, f"{line}\n".encode())
+
+
+def _quiet(gpu: Gpu, before: _Quiet | None, taken: float, moment: float) -> _Quiet:
+    """Since when `gpu` is idle, by its sample and what was known `before`."""
+    if before is None or taken - before.seen > _GAP_S:
+        before = _Quiet(None, None, taken)
+    unused = gpu.utilization == 0
+    held = any(process.computes for process in gpu.processes or ())
+    return _Quiet(
+        unused_since=(before.unused_since or moment) if unused else None,
+        idle_since=(before.idle_since or moment) if unused and held else None,
+        seen=taken,
+    )
+
+
+def _idle_since(gpu: Gpu, quiet: _Quiet) -> float | None:
+    """Nobody has been idle on a GPU for longer than the oldest process on it has existed."""
+    starts = [process.started_at for process in gpu.processes or () if process.computes]
+    known = [start for start in starts if start is not None]
+    if quiet.idle_since is None or not known or len(known) < len(starts):
+        return quiet.idle_since
+    return max(quiet.idle_since, min(known))
 
 
 def _merged(known: Mapping[str, Gpu], sample: _Sample) -> dict[str, Gpu]:
-    """The GPUs of a sample, and those once known that it does not show or that fail, with the reason."""
-    lost = {gpu.index: gpu.error for gpu in sample.lost}
-    gpus = {
-        gpu.uuid: _unknown(gpu, lost.get(gpu.index, "the driver does not show it any more")) for gpu in known.values()
-    }
+    """The GPUs of a sample, and those once known that it does not show or that fail, with the reason.
+
+    MIG devices that a GPU which answers does not have any more are forgotten.
+    """
+    lost = {gpu.index: gpu for gpu in sample.lost}
+    answering = {gpu.uuid for gpu in sample.gpus if gpu.error is None}
+    gpus: dict[str, Gpu] = {}
+    for gpu in known.values():
+        if gpu.parent in answering:
+            continue
+        error, code = "the driver does not show it any more", None
+        if gpu.index in lost:
+            error, code = lost[gpu.index].error, lost[gpu.index].error_code
+        gpus[gpu.uuid] = _unknown(gpu, error, code)
     for gpu in sample.gpus:
-        gpus[gpu.uuid] = gpu if gpu.error is None else _unknown(known.get(gpu.uuid, gpu), gpu.error)
+        if gpu.error is None:
+            gpus[gpu.uuid] = gpu
+        else:
+            failing = replace(known.get(gpu.uuid, gpu), xids=gpu.xids, recovery_action=gpu.recovery_action)
+            gpus[gpu.uuid] = _unknown(failing, gpu.error, gpu.error_code)
     return gpus
 
 
-def _unknown(gpu: Gpu, error: str) -> Gpu:
-    """`gpu` with what is known for ever, and nothing of what changes."""
+def _unknown(gpu: Gpu, error: str, code: int | None = None) -> Gpu:
+    """`gpu` with what is known for ever and what was wrong with it, and nothing of what changes."""
     return Gpu(
         uuid=gpu.uuid,
         index=gpu.index,
         name=gpu.name,
         bus_id=gpu.bus_id,
         minor=gpu.minor,
+        parent=gpu.parent,
         memory_mib=gpu.memory_mib,
         links=gpu.links,
+        cpus=gpu.cpus,
+        numa_node=gpu.numa_node,
+        recovery_action=gpu.recovery_action,
+        xids=gpu.xids,
         error=error,
+        error_code=code,
     )
 
 

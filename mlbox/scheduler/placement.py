@@ -1,92 +1,148 @@
-"""Which waiting jobs start now, and on which GPUs. Pure.
+"""Which GPUs a job gets: what the box has, and the choice among those that are free. Pure.
 
-First come, first served with exact GPU fit, separately for jobs with GPUs and for jobs without: the first job that
-does not fit holds back those behind it that want the same resource, so that a wide job is never starved.
+Links are scored as NVIDIA's device plugin does (k8s-device-plugin, `bestEffortPolicy`): 10 for GPUs on different CPUs
+up to 60 on one board, and 100 for each NVLink. A job gets the set with the largest sum of scores within; among
+equals the one that cuts the fewest links to GPUs that stay free, so that a single GPU never breaks a pair.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from math import comb
 
-from mlbox.scheduler.policy import WaitingJob, barred
+LEVEL_SCORES = {"SYS": 10, "NODE": 20, "PHB": 30, "PXB": 40, "PIX": 50, "PSB": 60}
+"""By the words of `nvidia-smi topo -m`; PSB is two GPUs on one board."""
+NVLINK_SCORE = 100
+_SETS_MAX = 500
+"""So many sets are compared one by one; beyond that a set is grown from each GPU, which finds any clique of links."""
+
+Scores = Sequence[Sequence[int]]
+"""Pair scores by place in `Box.gpus`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """A window in which GPUs are kept for a user or a project, or for nobody (maintenance). Unix seconds."""
+
+    id: int
+    name: str
+    gpu_uuids: tuple[str, ...]
+    starts_at: float
+    ends_at: float
+    for_user: str | None = None
+    for_project: str | None = None
+    made_by: str = ""
+
+    def admits(self, user: str, project: str) -> bool:
+        return (self.for_user is not None and self.for_user == user) or (
+            self.for_project is not None and self.for_project == project
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuView:
-    """One GPU as placement sees it. `busy` says in words why nothing may start on it; None: it is free."""
+    """One GPU as placement sees it. `busy` says in words why nothing more may start on it; None: it is free.
+
+    `shared_free_mib` is set where jobs hold shares of it: what further shares may take (`busy` is None then, too, but
+    the GPU cannot be had whole). `weight` is what one second of it costs. A `slice` is a MIG device: CUDA uses one
+    at a time, so a job on several GPUs gets none. `clears_s` is set where it is about to be given back; a `closed` one
+    takes nothing new even when what runs on it has ended.
+    """
 
     uuid: str
     index: int
     busy: str | None
+    memory_mib: int | None = None
+    shared_free_mib: int | None = None
+    weight: float = 1.0
+    slice: bool = False
+    clears_s: float | None = None
+    closed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Box:
-    """What there is to give away. `gpus` are in the order of their index; slots are for jobs without GPUs."""
+    """What there is to give away. `gpus` are in the order of their index; slots are for jobs without GPUs.
+
+    `scores` are the pair scores of `gpus`; empty: all alike.
+    """
 
     gpus: tuple[GpuView, ...]
     slots: int
     slots_free: int
+    scores: Scores = ()
+    reservations: tuple[Reservation, ...] = field(default=())
 
     @property
     def free_gpus(self) -> tuple[GpuView, ...]:
-        return tuple(gpu for gpu in self.gpus if gpu.busy is None)
+        """Those that can be had whole."""
+        return tuple(gpu for gpu in self.gpus if gpu.busy is None and gpu.shared_free_mib is None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """A decision: this job starts now on these GPUs (none for a CPU job)."""
+    """A decision: this job starts now on these GPUs (none for a CPU job). `memory_mib`: it gets a share of one."""
 
     job_id: int
     gpu_uuids: tuple[str, ...]
+    memory_mib: int | None = None
+    backfilled: bool = False
+    """It starts while a job before it is blocked."""
+    rate: float = 0.0
+    """What it is charged each second: GPUs by weight and share, or CPU slots by theirs."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What to do now, and the job at the head of each line that does not fit."""
-
-    starts: tuple[Start, ...]
-    gpu_head: int | None
-    slot_head: int | None
+def pair_score(level: str | None, nvlinks: int) -> int:
+    """How near two GPUs are."""
+    return LEVEL_SCORES.get(level or "", 0) + NVLINK_SCORE * nvlinks
 
 
-def place(gpu_line: Iterable[WaitingJob], slot_line: Iterable[WaitingJob], box: Box) -> Plan:
-    """Decide who starts now. Each line holds jobs that may start, first to be tried first."""
-    starts: list[Start] = []
-    gpu_head: int | None = None
-    slot_head: int | None = None
-    free = list(box.free_gpus)
-    for job in gpu_line:
-        if job.gpus > len(free):
-            gpu_head = job.id
-            break
-        taken, free = free[: job.gpus], free[job.gpus :]
-        starts.append(Start(job_id=job.id, gpu_uuids=tuple(gpu.uuid for gpu in taken)))
-    slots = box.slots_free
-    for job in slot_line:
-        if job.slots > slots:
-            slot_head = job.id
-            break
-        slots -= job.slots
-        starts.append(Start(job_id=job.id, gpu_uuids=()))
-    return Plan(starts=tuple(starts), gpu_head=gpu_head, slot_head=slot_head)
+def score_matrix(count: int, links: Mapping[tuple[int, int], int]) -> Scores:
+    """Pair scores as a square, from those of (lower, higher) places."""
+    return tuple(
+        tuple(links.get((min(a, b), max(a, b)), 0) if a != b else 0 for b in range(count)) for a in range(count)
+    )
 
 
-def explain(job: WaitingJob, box: Box, ahead: int, head: int | None, now: float) -> str:
-    """One sentence why `job` waits. `ahead` jobs of its line come before it; `head` is the first that does not fit."""
-    if reason := barred(job, now):
-        return reason
-    wanted, noun, free, total = job.slots, "CPU slot", box.slots_free, box.slots
-    if job.gpus:
-        wanted, noun, free, total = job.gpus, "GPU", len(box.free_gpus), len(box.gpus)
-    if ahead and head not in (None, job.id):
-        return f"{_count(ahead, 'job')} before it {'waits' if ahead == 1 else 'wait'} for {noun}s, first job {head}"
-    if not total:
-        return f"it needs {_count(wanted, noun)}, and this box shows none now"
-    if not ahead and wanted <= free:
-        return "it is about to start"
-    free_now = "none is free" if free == 0 else f"{free} {'is' if free == 1 else 'are'} free"
-    busy = "; ".join(f"GPU {gpu.index}: {gpu.busy}" for gpu in box.gpus if job.gpus and gpu.busy is not None)
-    return f"it needs {_count(wanted, noun)}, {free_now} of {total}{': ' + busy if busy else ''}"
+def choose(candidates: Sequence[int], count: int, scores: Scores, idle: Sequence[int]) -> tuple[int, ...]:
+    """`count` of `candidates`, which are places in `Box.gpus` in order of preference, all of them in `idle`.
+
+    The nearest to each other; then those whose links to what stays idle are weakest; then the first.
+    """
+    if len(candidates) == count or not scores:
+        return tuple(candidates[:count])
+    if count == 1:
+        return (min(candidates, key=lambda one: _cut((one,), scores, idle)),)
+    sets = (
+        combinations(candidates, count)
+        if comb(len(candidates), count) <= _SETS_MAX
+        else {_grown(seed, candidates, count, scores): None for seed in candidates}
+    )
+    return max(sets, key=lambda some: (_within(some, scores), [-part for part in _cut(some, scores, idle)]))
+
+
+def _within(some: Sequence[int], scores: Scores) -> int:
+    return sum(scores[a][b] for a, b in combinations(some, 2))
+
+
+def _cut(some: Sequence[int], scores: Scores, idle: Sequence[int]) -> list[int]:
+    """How much is lost to the GPUs that stay idle: the strongest link that is cut, then all of them."""
+    cut = [scores[a][b] for a in some for b in idle if b not in some]
+    return [max(cut, default=0), sum(cut)]
+
+
+def _grown(seed: int, candidates: Sequence[int], count: int, scores: Scores) -> tuple[int, ...]:
+    """A set around `seed`: the GPU with the strongest links to those in it is added, again and again."""
+    chosen = [seed]
+    gain = {other: scores[seed][other] for other in candidates if other != seed}
+    while len(chosen) < count:
+        best = max(gain, key=gain.__getitem__)
+        del gain[best]
+        chosen.append(best)
+        row = scores[best]
+        for other in gain:
+            gain[other] += row[other]
+    return tuple(sorted(chosen, key=candidates.index))
 
 
 def impossible(gpus: int, slots: int, box: Box) -> str | None:
@@ -98,6 +154,17 @@ def impossible(gpus: int, slots: int, box: Box) -> str | None:
     if slots > box.slots:
         return f"the job asks {_count(slots, 'CPU')}; this box gives jobs {box.slots}: ask for {box.slots} or fewer"
     return None
+
+
+def impossible_share(gpu_mem_mib: int, box: Box) -> str | None:
+    """Why no GPU of `box` can ever give a job this much memory; None when one can, or nobody knows."""
+    if not box.gpus:
+        return "the job asks a share of a GPU; this box has no GPU that mlbox can see"
+    sizes = [gpu.memory_mib for gpu in box.gpus]
+    largest = max((size for size in sizes if size is not None), default=None)
+    if None in sizes or largest is None or gpu_mem_mib <= largest:
+        return None
+    return f"the job asks {gpu_mem_mib} MiB of one GPU; the largest here has {largest}: ask for {largest} or less"
 
 
 def view(states: Sequence[tuple[str, int, str | None]], slots: int, slots_used: int) -> Box:

@@ -1,24 +1,33 @@
-"""The door of the scheduler: what users may ask of jobs and GPUs. Everything is checked here, whoever calls."""
+"""The door of the scheduler: what users may ask of jobs. Everything is checked here, whoever calls."""
 
 import asyncio
-import sqlite3
 import time
-from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from mlbox.database import Database
 from mlbox.errors import Conflict, Denied, FieldError, Impossible, Invalid, NotFound, TooMany, Unavailable
-from mlbox.events import GPUS, JOBS, Events, job_topic
+from mlbox.events import JOBS, Events, job_topic
 from mlbox.identity import Identity, Scope
-from mlbox.jobs import Job, JobSpec, JobState
-from mlbox.scheduler import placement, queue, unpack
+from mlbox.jobs import ArraySpec, Job, JobSpec, JobState
+from mlbox.scheduler import accounting, notices, placement, queue, retention, unpack
+from mlbox.scheduler.accounting import UsageReport
+from mlbox.scheduler.asking import person, refused, whole
+from mlbox.scheduler.explain import Around, explain
 from mlbox.scheduler.folders import Folders
+from mlbox.scheduler.forecast import with_fewer_gpus
+from mlbox.scheduler.forecaster import present
+from mlbox.scheduler.gpu_door import GpuDoor
 from mlbox.scheduler.gpus import GpuInventory, Nvml
-from mlbox.scheduler.queue import Attempt
-from mlbox.scheduler.state import GpuReport, SchedulerState, waiting
+from mlbox.scheduler.launching import array_variables
+from mlbox.scheduler.notices import Notice
+from mlbox.scheduler.policy import RankParts, Standing, rank_parts
+from mlbox.scheduler.queue import Attempt, Settled, Submitter, WaitingQuota
+from mlbox.scheduler.state import SchedulerState, follow, waiting
+from mlbox.scheduler.timeline import PAST_MAX_S, Scene, Timeline, timeline
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -26,16 +35,31 @@ T = TypeVar("T")
 _FULL_RETRY_S = 30.0
 
 
+_STANDING_KEPT_S = 0.5
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pending:
-    """Why a job waits, in one sentence; its position (1 is tried first; None: it has none)."""
+    """Why a job waits, in one sentence; its position (1 is tried first; None: it has none).
+
+    `estimated_start` is when it starts with even odds, `estimated_start_p90` by when in nine cases of ten.
+    """
 
     why: str
-    position: int | None
-    estimated_start: float | None
+    position: int | None = None
+    estimated_start: float | None = None
+    estimated_start_p90: float | None = None
 
 
-class JobService:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FewerGpus:
+    """With `gpus` a job would probably start at `estimated_start`."""
+
+    gpus: int
+    estimated_start: float
+
+
+class JobService(GpuDoor):
     """Jobs as their owners see them: one's own, or all for an admin; others' do not exist (NotFound)."""
 
     def __init__(
@@ -48,14 +72,18 @@ class JobService:
         state: SchedulerState,
         wake: Callable[[], None],
         waiting_max: int,
+        waiting_quota: Callable[[str, str], WaitingQuota] = lambda _user, _project: WaitingQuota(),
+        take_up: Callable[[Job, Attempt], None] = lambda _job, _attempt: None,
     ) -> None:
-        self._database = database
-        self._events = events
+        """`waiting_quota(user, project)` bounds how many jobs may wait, besides `waiting_max` for all.
+
+        `take_up` is called with each attempt that was begun here, by an adoption, when it was committed.
+        """
+        super().__init__(database=database, events=events, gpus=gpus, state=state, wake=wake, take_up=take_up)
         self._folders = folders
-        self._gpus = gpus
-        self._state = state
-        self._wake = wake
         self._waiting_max = waiting_max
+        self._waiting_quota = waiting_quota
+        self._everybody: tuple[float, Standing | None] = (0.0, None)
         self.incoming_folder = folders.incoming
 
     async def submit(
@@ -63,41 +91,51 @@ class JobService:
         who: Identity,
         spec: JobSpec,
         *,
+        array: ArraySpec | None = None,
         code: Path | None = None,
         idempotency_key: str | None = None,
         retry_of: int | None = None,
     ) -> tuple[Job, bool]:
         """Queue a job and return it and True; or the one that `idempotency_key` made before and False.
 
-        When this returns, the job is on disk for good. `code` is a file in `incoming_folder`; it is moved away.
-        Raises Denied, Impossible, TooMany, Unavailable, and Invalid for an archive that would not be unpacked.
+        Of an array it is the first job, whose id is the array's. When this returns, the job, or every job of the
+        array, is on disk for good. `code` is a file in `incoming_folder`; it is moved away. Raises Denied,
+        Impossible, TooMany, Unavailable, and Invalid for an archive that would not be unpacked.
         """
-        if who.job_id is not None:
-            raise Denied(f"the token of job {who.job_id} cannot submit jobs: use a token of your own")
+        person(who, "submit jobs")
         if idempotency_key and (earlier := await self._database.read(queue.of_key, who.uid, idempotency_key)):
             return earlier, False
-        self._admit(who, spec)
+        self._admit(who, spec, array)
         if code is not None and retry_of is None:  # a retried job's archive was checked when it came
             with _disk("the code archive cannot be read"):
                 await asyncio.to_thread(_check_archive, code)
-        return await _whole(self._submit(who, spec, code, idempotency_key, retry_of))
+        return await whole(self._submit(who, spec, array, code, idempotency_key, retry_of))
 
     async def _submit(
-        self, who: Identity, spec: JobSpec, code: Path | None, idempotency_key: str | None, retry_of: int | None
+        self,
+        who: Identity,
+        spec: JobSpec,
+        array: ArraySpec | None,
+        code: Path | None,
+        idempotency_key: str | None,
+        retry_of: int | None,
     ) -> tuple[Job, bool]:
         job_id: int | None = None
         made = False
+        size = len(array.elements) if array else 1
+        quota = replace(self._waiting_quota(who.user, spec.project), box=self._waiting_max)
+        submitter = Submitter(user=who.user, uid=who.uid, sees_all=who.admin, quota=quota)
         try:
             if code is not None and spec.code is not None:
-                job_id = await self._database.write(queue.reserve_id)
+                job_id = await self._database.write(queue.reserve_id, size)
                 with _disk("the code archive cannot be stored"):
-                    await asyncio.to_thread(self._folders.keep_code, job_id, spec.code, code)
+                    await asyncio.to_thread(self._folders.keep_code, job_id, spec.code, code, size)
             now = time.time()
-            job, made = await self._database.write(
-                queue.submit,
+            jobs, made = await self._database.write(
+                queue.submit_all,
                 spec,
-                user=who.user,
-                uid=who.uid,
+                array,
+                submitter,
                 now=now,
                 job_id=job_id,
                 retry_of=retry_of,
@@ -105,11 +143,15 @@ class JobService:
             )
         finally:
             if job_id is not None and not made:
-                with suppress(OSError, Conflict):  # what is left lies in nobody's way
-                    await asyncio.to_thread(self._folders.remove, job_id)
+                for left in range(job_id, job_id + size):
+                    with suppress(OSError, Conflict):  # what is left lies in nobody's way
+                        await asyncio.to_thread(self._folders.remove, left)
         if made:
-            self._queued(job, now)
-        return job, made
+            for job in jobs:
+                self._state.backlog.put(waiting(job), now)
+                self._events.publish(job_topic(job.id), JOBS)
+            self._wake()
+        return jobs[0], made
 
     async def get(self, who: Identity, job_id: int) -> Job:
         """The job, if there is one and the asker may know of it. Raises NotFound."""
@@ -126,6 +168,7 @@ class JobService:
         user: str | None = None,
         name: str | None = None,
         project: str | None = None,
+        array: int | None = None,
         limit: int = 100,
         before: int | None = None,
     ) -> Sequence[Job]:
@@ -139,6 +182,7 @@ class JobService:
             user=user,
             name=name,
             project=project,
+            array=array,
             limit=limit,
             before=before,
         )
@@ -169,36 +213,77 @@ class JobService:
         Asking twice is once. Raises Conflict when it ended otherwise.
         """
         await self._own(who, job_id)
-        return await _whole(self._cancel(who, job_id))
+        return await whole(self._cancel(who, job_id))
 
     async def _cancel(self, who: Identity, job_id: int) -> Job:
-        job = await self._database.write(queue.request_cancel, job_id, user=who.user, now=time.time())
+        now = time.time()
+        job, moved = await self._database.write(queue.request_cancel, job_id, user=who.user, now=now)
         if job is None or job.state in (JobState.SUCCEEDED, JobState.FAILED):
             raise Conflict(f"job {job_id} has {job.state if job else 'gone'} already: there is nothing to cancel")
-        if job.ended:
-            self._state.backlog.drop(job_id)
-        elif active := self._state.active.get(job_id):
-            active.stop()
-        self._changed(job_id)
+        self._cancelled([job], moved, now)
         return job
 
+    async def cancel_array(self, who: Identity, array_id: int) -> Sequence[Job]:
+        """Cancel every job of an array that has not ended; returns those. Raises NotFound, Conflict."""
+        first = await self._own(who, array_id)
+        if first.array is None or first.array.id != array_id:
+            raise NotFound(f"job {array_id} is not the first of an array: cancel it alone")
+        return await whole(self._cancel_array(who, array_id))
+
+    async def _cancel_array(self, who: Identity, array_id: int) -> Sequence[Job]:
+        now = time.time()
+        jobs, moved = await self._database.write(queue.cancel_array, array_id, user=who.user, now=now)
+        if not jobs:
+            raise Conflict(f"every job of array {array_id} has ended already: there is nothing to cancel")
+        self._cancelled(jobs, moved, now)
+        return jobs
+
+    def _cancelled(self, jobs: Sequence[Job], moved: Settled, now: float) -> None:
+        """Have memory follow: those that waited are over, those under way are asked to end."""
+        for job in jobs:
+            if job.ended:
+                self._state.backlog.drop(job.id)
+            elif active := self._state.active.get(job.id):
+                active.stop()
+            self._events.publish(job_topic(job.id), JOBS)
+        follow(moved, self._state, self._events, now)
+        self._wake()
+
     async def retry(self, who: Identity, job_id: int, *, idempotency_key: str | None = None) -> Job:
-        """Submit the same job once more, as a new job: an ended one stays as it ended.
+        """Submit the same job once more, as a new job that waits for no other: an ended one stays as it ended.
 
         Raises Conflict while the job has not ended, or when its code archive was removed.
         """
         job = await self._own(who, job_id)
         if not job.ended:
             raise Conflict(f"job {job_id} is {job.state}: it can be retried when it has ended")
+        spec = replace(job.spec, hold=False, not_before=None, depends_on=())
+        return await self._again(who, job, spec, idempotency_key, retry_of=job_id)
+
+    async def clone(self, who: Identity, job_id: int, *, idempotency_key: str | None = None) -> Job:
+        """Submit the same job once more as it was, as a new job, whatever became of the first.
+
+        Of an array's element it is one job. Raises Conflict when its code archive was removed, or when it was adopted
+        and cannot be begun.
+        """
+        job = await self._own(who, job_id)
+        if job.adopted:
+            raise Conflict(f"job {job_id} was begun outside mlbox, which does not know how: submit it anew")
+        return await self._again(who, job, job.spec, idempotency_key, retry_of=None)
+
+    async def _again(
+        self, who: Identity, job: Job, spec: JobSpec, idempotency_key: str | None, *, retry_of: int | None
+    ) -> Job:
         code: Path | None = None
         try:
-            with _disk(f"the code of job {job_id} cannot be copied"):
+            with _disk(f"the code of job {job.id} cannot be copied"):
                 try:
                     code = await asyncio.to_thread(self._folders.copy_code, job)
                 except FileNotFoundError:
-                    raise Conflict(f"the code of job {job_id} was removed: submit it anew") from None
-            spec = replace(job.spec, hold=False, not_before=None)
-            again, _ = await self.submit(who, spec, code=code, idempotency_key=idempotency_key, retry_of=job_id)
+                    raise Conflict(f"the code of job {job.id} was removed: submit it anew") from None
+            # A single element of an array is no array, but its program still asks which element it is.
+            spec = replace(spec, env={**spec.env, **(array_variables(job.array) if job.array else {})})
+            again, _ = await self.submit(who, spec, code=code, idempotency_key=idempotency_key, retry_of=retry_of)
         finally:
             if code is not None:  # where the new job did not take it
                 await asyncio.to_thread(code.unlink, missing_ok=True)
@@ -213,7 +298,7 @@ class JobService:
         return await self._change(who, job_id, {"hold": 0})
 
     async def change(self, who: Identity, job_id: int, values: Mapping[str, object]) -> Job:
-        """Set `priority` or `time_limit_s` of a waiting job. Raises Denied, Conflict."""
+        """Set `priority`, `time_limit_s` or `notify` of a waiting job. Raises Denied, Conflict."""
         priority = values.get("priority")
         if isinstance(priority, int) and priority > 0 and not who.admin:
             raise Denied(f"priority {priority} is for admins: ask for 0 or less")
@@ -233,23 +318,65 @@ class JobService:
         """Why the job waits; None when it does not. From memory, cheap."""
         active = self._state.active.get(job.id)
         if active is not None and job.state is JobState.STARTING and active.trouble is not None:
-            return Pending(why=f"it cannot be launched yet: {active.trouble}", position=None, estimated_start=None)
+            return Pending(why=f"it cannot be launched yet: {active.trouble}")
         known = self._state.backlog.get(job.id)
         if known is None:
             return None
-        plan = self._state.plan
-        ahead = self._state.backlog.ahead(known)
-        head = plan.gpu_head if known.gpus else plan.slot_head
-        box = self._state.box(self._gpus.current())
-        why = self._gpus_unknown(known.gpus) or placement.explain(known, box, ahead, head, time.time())
-        return Pending(why=why, position=self._state.backlog.position(known), estimated_start=None)
+        now = time.time()
+        state, weights = self._state, self._state.rules.weights
+        everybody = self._standing(now)
+        line = state.backlog.gpu_line if known.wants_gpu else state.backlog.slot_line
+        around = Around(
+            box=state.box(self._gpus.current()),
+            plan=state.plan,
+            rules=state.rules,
+            ahead=line.ahead(known, everybody, weights, now),
+            now=now,
+            capped=state.backlog.is_capped(known),
+            depends_on=job.spec.depends_on,
+        )
+        return Pending(
+            why=self._gpus_unknown(known.gpus) or explain(known, around),
+            position=state.backlog.position(known, everybody, weights, now),
+            estimated_start=state.forecast.p50.get(job.id),
+            estimated_start_p90=state.forecast.p90.get(job.id),
+        )
+
+    async def fewer_gpus(self, job: Job) -> FewerGpus | None:
+        """With how many GPUs less a waiting job would probably start sooner, and when; None: with none."""
+        known = self._state.backlog.get(job.id)
+        start = self._state.forecast.p50.get(job.id)
+        if known is None or known.gpus < 2 or start is None:
+            return None
+        found = await asyncio.to_thread(with_fewer_gpus, present(self._state, self._gpus), known, start)
+        return None if found is None else FewerGpus(gpus=found[0], estimated_start=found[1])
+
+    async def rank(self, who: Identity, job_id: int) -> RankParts:
+        """The parts of a waiting job's rank. Raises NotFound, and Conflict when it waits no longer."""
+        job = await self.get(who, job_id)
+        known = self._state.backlog.get(job_id)
+        if known is None:
+            raise Conflict(f"job {job_id} is {job.state}: only a waiting job has a rank")
+        now = time.time()
+        weights, everybody = self._state.rules.weights, self._standing(now)
+        return rank_parts(known, everybody, weights, now, self._state.backlog.position(known, everybody, weights, now))
+
+    def _standing(self, now: float) -> Standing:
+        """Where everybody stands, computed once for all the jobs of a page."""
+        at, known = self._everybody
+        if known is None or now - at > _STANDING_KEPT_S or now < at:
+            known = self._state.standing(now)
+            self._everybody = (now, known)
+        return known
 
     async def queue(self, who: Identity, limit: int) -> Sequence[Job]:
         """The waiting jobs of all users in the order in which they are tried.
 
         Who waits before one is no secret; what others run is: their command, script and variables are left out.
         """
-        order = [job.id for job in self._state.backlog.ordered(limit)]
+        now = time.time()
+        first = self._state.backlog.ordered(limit, self._standing(now), self._state.rules.weights, now)
+        order = [job.id for job in first]
         jobs = await self._database.read(queue.get_many, order)
         return [
             job if self._may_see(who, job) else replace(job, spec=_without_content(job.spec))
@@ -257,31 +384,53 @@ class JobService:
             if (job := jobs.get(job_id)) and job.state is JobState.QUEUED
         ]
 
+    async def plan(self, who: Identity) -> Timeline:
+        """What ran, runs and probably will run on each GPU: everybody's to see, as the queue is. Raises Denied."""
+        person(who, "see the plan")
+        now = time.time()
+        state, reports = self._state, self.gpus()
+        planned = [bar.job_id for bar in state.forecast.bars if state.backlog.get(bar.job_id) is not None]
+        past = await self._database.read(queue.held_since, now - PAST_MAX_S) if reports else []
+        waiting_jobs = await self._database.read(queue.get_many, planned) if planned else {}
+        names = {job_id: job.spec.name for job_id, job in waiting_jobs.items()}
+        names |= {job_id: active.job.spec.name for job_id, active in state.active.items()}
+        return timeline(
+            Scene(
+                gpus=reports,
+                past=past,
+                running=state.running(),
+                forecast=state.forecast,
+                history=state.history,
+                reservations=state.reservations,
+                names=names,
+                now=now,
+            )
+        )
+
     def under_way(self, job_id: int, attempt: int) -> bool:
         """Whether this attempt is starting or running, so that its log may still grow. From memory."""
         active = self._state.active.get(job_id)
         return active is not None and active.attempt == attempt
 
-    def gpus(self) -> Sequence[GpuReport]:
-        """The box's GPUs with state, reason and jobs."""
-        return self._state.gpu_reports(self._gpus.current())
+    async def usage(self, who: Identity, since: float, now: float) -> UsageReport:
+        """What each user and project used from `since` to `now`: sums are everybody's to see. Raises Denied."""
+        person(who, "see what others use")
+        memory = {gpu.uuid: gpu.memory_mib for gpu in self._gpus.current().gpus if gpu.memory_mib}
+        return await self._database.read(accounting.usage, since=since, until=now, gpu_memory_mib=memory)
 
-    @property
-    def slots(self) -> tuple[int, int]:
-        """CPU slots for jobs without GPUs: all, free."""
-        box = self._state.box(self._gpus.current())
-        return box.slots, box.slots_free
+    async def notices(self, who: Identity, *, limit: int = 50) -> Sequence[Notice]:
+        """What the asker was told of their jobs, the newest first. Raises Denied."""
+        person(who, "read notices")
+        return await self._database.read(notices.for_user, who.uid, limit=limit)
 
-    async def drain(self, who: Identity, gpu_uuid: str, reason: str | None) -> None:
-        """Start nothing more on a GPU; what runs on it goes on. Raises NotFound."""
-        self._known_gpu(gpu_uuid)
-        await _whole(self._change_drained(queue.drain, gpu_uuid, user=who.user, reason=reason, now=time.time()))
-
-    async def resume(self, who: Identity, gpu_uuid: str) -> None:
-        """Take a drained GPU back into service. Raises NotFound."""
-        del who  # the route admits admins only; there is nothing finer to check
-        self._known_gpu(gpu_uuid)
-        await _whole(self._change_drained(queue.resume, gpu_uuid))
+    async def prune(self, now: float, *, keep_days: float | None, keep_bytes: int | None) -> Sequence[int]:
+        """Remove the files of the jobs that ended first, by age and by total size; returns the ids of those jobs."""
+        removed = await retention.prune(
+            self._database, self._folders, now=now, keep_days=keep_days, keep_bytes=keep_bytes
+        )
+        if removed:
+            self._events.publish(JOBS, *(job_topic(job_id) for job_id in removed))
+        return removed
 
     def attempt_folder(self, job_id: int, attempt: int) -> Path:
         return self._folders.attempt(job_id, attempt)
@@ -293,23 +442,40 @@ class JobService:
         """The job under way that was given this token."""
         return await self._database.read(queue.of_token, token_sha256)
 
-    def _admit(self, who: Identity, spec: JobSpec) -> None:
+    def _admit(self, who: Identity, spec: JobSpec, array: ArraySpec | None) -> None:
         """Raises what speaks against queueing `spec` for `who`."""
         if spec.priority > 0 and not who.admin:
             raise Denied(f"priority {spec.priority} is for admins: ask for 0 or less")
         if spec.model is not None and not who.may(Scope.DEPLOY):
             raise Denied(f"model={spec.model} deploys what the job leaves, and that needs the scope 'deploy'")
-        if len(self._state.backlog) >= self._waiting_max:
+        if spec.model is not None and array is not None:
+            raise refused("model", "an array leaves as many models as it has jobs: submit the one to deploy alone")
+        if array is not None and not array.elements:
+            raise refused("array", "it has no elements: name at least one")
+        size = len(array.elements) if array else 1
+        waiting_now = len(self._state.backlog)
+        if waiting_now + size > self._waiting_max:  # exact in the transaction; here before an archive is looked at
+            more = f", these would be {size} more" if array else ""
             raise TooMany(
-                f"{len(self._state.backlog)} jobs wait, and no more than {self._waiting_max} may: "
+                f"{waiting_now} jobs wait, and no more than {self._waiting_max} may{more}: "
                 "submit again when some have ended",
                 _FULL_RETRY_S,
             )
-        counted = self._gpus.current().nvml in (Nvml.OK, Nvml.ABSENT)
-        gpus = spec.gpus if counted else 0
-        slots = 0 if spec.gpus else spec.cpus or 1
-        if problem := placement.impossible(gpus, slots, self._state.box(self._gpus.current())):
+        self._check_size(spec)
+
+    def _check_size(self, spec: JobSpec) -> None:
+        """Raises Impossible for a job that this box can never hold."""
+        inventory = self._gpus.current()
+        counted = inventory.nvml in (Nvml.OK, Nvml.ABSENT)
+        gpus = (1 if spec.gpu_mem_mib else spec.gpus) if counted else 0
+        if problem := placement.impossible(gpus, spec.slots, self._state.box(inventory)):
             raise Impossible(problem)
+        largest = max((gpu.memory_mib or 0 for gpu in inventory.gpus), default=0)
+        if spec.gpu_mem_mib and largest and spec.gpu_mem_mib > largest:
+            raise Impossible(
+                f"the job asks {spec.gpu_mem_mib} MiB of one GPU's memory; the largest here has {largest} MiB: "
+                f"ask for {largest} MiB or less, or for whole GPUs with gpus"
+            )
 
     def _gpus_unknown(self, gpus: int) -> str | None:
         """Why nobody can say when a job with GPUs starts, where that is so."""
@@ -332,7 +498,7 @@ class JobService:
 
     async def _change(self, who: Identity, job_id: int, values: Mapping[str, object]) -> Job:
         job = await self._own(who, job_id)
-        changed = await _whole(self._apply(job_id, values))
+        changed = await whole(self._apply(job_id, values))
         if changed is None:
             raise Conflict(f"job {job_id} is {job.state}: only a waiting job can be changed")
         return changed
@@ -351,27 +517,6 @@ class JobService:
         self._events.publish(job_topic(job_id), JOBS)
         self._wake()
 
-    def _known_gpu(self, gpu_uuid: str) -> None:
-        known = [gpu.uuid for gpu in self._gpus.current().gpus]
-        if gpu_uuid not in known:
-            raise NotFound(f"there is no GPU {gpu_uuid} here; known: {', '.join(known) or 'none'}")
-
-    async def _change_drained(
-        self, change: Callable[Concatenate[sqlite3.Connection, P], object], *args: P.args, **kwargs: P.kwargs
-    ) -> None:
-        def changed(connection: sqlite3.Connection) -> dict[str, str]:
-            change(connection, *args, **kwargs)
-            return queue.drained(connection)
-
-        self._state.drained = await self._database.write(changed)
-        self._events.publish(GPUS)
-        self._wake()
-
-
-async def _whole(work: Coroutine[Any, Any, T]) -> T:
-    """Carry `work` through even where its caller is cancelled: memory must follow what was committed."""
-    return await asyncio.shield(asyncio.ensure_future(work))
-
 
 @contextmanager
 def _disk(what: str) -> Generator[None]:
@@ -383,7 +528,9 @@ def _disk(what: str) -> Generator[None]:
 
 
 def _without_content(spec: JobSpec) -> JobSpec:
-    return replace(spec, command="", script=None, env={}, workdir=None)
+    return replace(
+        spec, command="", script=None, env={}, workdir=None, output=None, error=None, notify=(), depends_on=()
+    )
 
 
 def _check_archive(code: Path) -> None:

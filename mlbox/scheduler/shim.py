@@ -1,6 +1,7 @@
 """The supervisor of one attempt: starts the job, keeps its log, ends whatever it leaves, records how it ended.
 
-Run as `python -I -S -E shim.py ATTEMPT_FOLDER` by whoever the job belongs to. It imports nothing of mlbox, holds
+Run as `python -I -S -E shim.py ATTEMPT_FOLDER` by whoever the job belongs to, or copied from a process that is ready
+to be one (`template`). It imports nothing of mlbox, holds
 `lock` for as long as it lives, and outlives the daemon. In order:
 
 1. take `lock`; refuse if it is taken or an earlier shim got as far as `started.json`;
@@ -10,7 +11,9 @@ Run as `python -I -S -E shim.py ATTEMPT_FOLDER` by whoever the job belongs to. I
    (TERM, then KILL after the grace period) or on SIGUSR1 (KILL at once);
 5. end what is left of the process tree, and only then write `exit.json`.
 
-`executors/base.py` documents the files. One thread, one `poll`, no polling by time.
+A job of several ranks has a main process for each; the first that fails ends them all. A process that was begun
+outside mlbox (`adopt`) is only watched and stopped, by a `Watcher`. `executors/base.py` documents the files.
+One thread, one `poll`, no polling by time.
 """
 
 # pathlib and contextlib are not imported: every start of a job would pay for them.
@@ -19,6 +22,7 @@ Run as `python -I -S -E shim.py ATTEMPT_FOLDER` by whoever the job belongs to. I
 import _ctypes
 import errno
 import fcntl
+import gc
 import os
 import select
 import sys
@@ -51,19 +55,33 @@ KILL_AGAIN_S = 0.02
 """First pause before killing again what outlived a KILL; it doubles."""
 KILL_ROUNDS = 1000
 """How often in a row new children are killed before signals and output are looked at again."""
+OOM_WINDOW_BYTES = 1 << 16
+"""How much of the end of a failed job's log is searched for what follows: a traceback and the noise after it."""
+GPU_OUT_OF_MEMORY = (
+    b"CUDA out of memory",  # PyTorch
+    b"torch.cuda.OutOfMemoryError",
+    b"torch.OutOfMemoryError",
+    b"CUDA_ERROR_OUT_OF_MEMORY",  # the driver's API: CuPy, JAX, Numba
+    b"cudaErrorMemoryAllocation",  # the runtime's
+    b"RESOURCE_EXHAUSTED: Out of memory",  # XLA
+)
+PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
 SYS_CLONE3 = 435
+CLONE_PARENT = 1 << 15
 CLONE_INTO_CGROUP = 1 << 33
+AS_TEMPLATE = "--template"
 READY = b"\0"
 LONGEST_POLL_MS = 3_600_000
 """poll(2) takes no more than 2**31 ms; waking each hour costs nothing."""
 
 
 class Launch:
-    """`launch.json`: paths, arguments and variables are the bytes that the kernel gets."""
+    """What `launch.json` or the template's message says: paths, arguments and variables are the kernel's bytes."""
 
     def __init__(self, values: "Mapping[str, Any]") -> None:
-        self.name = f"{values['handle']}.{values['key']}"
+        self.handle = str(values["handle"])
+        self.name = f"{self.handle}.{values['key']}"
         self.argv = [_bytes(argument) for argument in values["argv"]]
         self.cwd = _bytes(values["cwd"])
         self.env = {_bytes(name): _bytes(value) for name, value in values["env"].items()}
@@ -74,6 +92,13 @@ class Launch:
         self.grace_s = float(values["grace_s"])
         self.memory_mib: int | None = values["memory_mib"]
         self.cpus: int | None = values["cpus"]
+        self.cpu_affinity: list[int] = values["cpu_affinity"]
+        self.output = None if values["output"] is None else _bytes(values["output"])
+        self.error = None if values["error"] is None else _bytes(values["error"])
+        self.append = bool(values["append"])
+        self.warn_signal: tuple[int, float, bool] | None = values["warn_signal"]
+        self.ranks: int | None = values["ranks"]
+        self.adopt: tuple[int, int] | None = values["adopt"]
         self.boot_id = str(values["boot_id"])
         self.cgroup_parent: str | None = values["cgroup_parent"]
 
@@ -204,7 +229,7 @@ class Tree:
 
         Once only: to many programs a second TERM means that they shall not finish what they are saving.
         """
-        for pid, ticks, _ in _descendants():
+        for pid, ticks, _ in _descendants(os.getpid()):
             if (pid, ticks) not in self._told:
                 self._told.add((pid, ticks))
                 _signal_process(pid, ticks, signal.SIGTERM, signal.SIGCONT)
@@ -213,7 +238,7 @@ class Tree:
         """KILL every process that is there now. What a fork got away in time becomes a child of ours in the end."""
         if self.cgroup:
             _put(f"{self.cgroup}/cgroup.kill", "1")
-        for pid, ticks, _ in _descendants():
+        for pid, ticks, _ in _descendants(os.getpid()):
             _signal_process(pid, ticks, signal.SIGKILL)
 
     def kill_children(self) -> bool:
@@ -241,6 +266,21 @@ class Tree:
         return self.cgroup is not None and "populated 1" in _get(f"{self.cgroup}/cgroup.events")
 
 
+class Copy:
+    """A file of the user's that gets what the job prints as well. One that takes no more is let go, never the job."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+
+    def write(self, data: memoryview) -> None:
+        try:
+            while data and self._file >= 0:
+                data = data[os.write(self._file, data) :]
+        except OSError:
+            os.close(self._file)
+            self._file = -1
+
+
 class Supervisor:
     """One attempt, from the fork of the job to its `exit.json`."""
 
@@ -251,6 +291,11 @@ class Supervisor:
         self._log = Log(launch.log_head_bytes, launch.log_tail_bytes)
         self._tree = Tree(_make_cgroup(launch))
         self._buffer = memoryview(bytearray(PIPE_BYTES))
+        self._copies: dict[int, Copy] = {}
+        self._ranks: dict[int, int] = {}
+        """The pids of the main processes that run, and the rank of each."""
+        self._failed_rank: int | None = None
+        self._ready = 0
         self._started_at: float | None = None
         self._status: int | None = None
         self._trouble = b""
@@ -258,7 +303,7 @@ class Supervisor:
         self._max_rss_kib = 0
         self._cpu_s = 0.0
         # CLOCK_MONOTONIC: steps of the wall clock do not matter, and a suspended box does not use up a job's time.
-        self._start_at = self._limit_at = self._kill_at = float("inf")
+        self._start_at = self._warn_at = self._limit_at = self._kill_at = float("inf")
         self._kill_pause = KILL_AGAIN_S
 
     def run(self) -> None:
@@ -266,39 +311,49 @@ class Supervisor:
             self._fork()
         except OSError as error:
             self._trouble = f"could not fork: {error.strerror}".encode()
-        else:
+            self._kill_at = 0.0
+        if self._ranks:
             self._supervise()
             self._drain()
         self._record()
 
     def _fork(self) -> None:
-        self._out, out = os.pipe()
+        launch = self._launch
         self._news, news = os.pipe()
         go, self._go = os.pipe()
+        self._out, out = os.pipe()
+        self._err, err = self._out, out
+        if launch.error not in (None, launch.output):
+            self._err, err = os.pipe()
         _widen(out)
-        for end in (self._out, self._news):
+        for end in (self._out, self._err, self._news):
             os.set_blocking(end, False)
         # Blocked over the fork: a signal must not reach the shim's handlers, and its wakeup pipe, in the child.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        self._pid = self._tree.fork()
-        if self._pid == 0:
-            os.close(self._go)
-            _become_job(self._launch, self._umask, out, news, go)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        for end in (out, news, go):
-            os.close(end)
+        try:
+            for rank in range(launch.ranks or 1):
+                pid = self._tree.fork()
+                if pid == 0:
+                    os.close(self._go)
+                    _become_job(launch, rank, self._umask, (out, err), news, go)
+                self._ranks[pid] = rank
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            for end in {out, err, news, go}:
+                os.close(end)
+        self._pid = min(self._ranks, key=self._ranks.__getitem__)
 
     def _supervise(self) -> None:
         """Until the main process has ended and nothing of its tree is left."""
         poll = select.poll()
-        for end in (self._wakeup, self._out, self._news):
+        for end in (self._wakeup, self._out, self._err, self._news):
             poll.register(end, select.POLLIN)
         while True:
-            wait_s = min(self._start_at, self._limit_at, self._kill_at) - time.monotonic()
+            wait_s = min(self._start_at, self._warn_at, self._limit_at, self._kill_at) - time.monotonic()
             for end, _ in poll.poll(min(max(0.0, wait_s) * 1000, LONGEST_POLL_MS)):
                 if end == self._wakeup:
                     self._hear()
-                elif not (self._pump() if end == self._out else self._listen()):
+                elif not (self._listen() if end == self._news else self._pump(end)):
                     poll.unregister(end)
             childless = self._reap()
             if childless and not self._tree.populated():
@@ -314,32 +369,35 @@ class Supervisor:
                 self._stop("cancel")
                 self._kill_at = 0.0
 
-    def _pump(self) -> bool:
-        """Move what the job wrote into the log; False at the end of its output."""
+    def _pump(self, end: int) -> bool:
+        """Move what the job wrote into the log, and its copy; False at the end of its output."""
         try:
-            count = os.readv(self._out, [self._buffer])
+            count = os.readv(end, [self._buffer])
         except BlockingIOError:
             return True
         self._log.write(self._buffer[:count])
+        if end in self._copies:
+            self._copies[end].write(self._buffer[:count])
         return count > 0
 
     def _listen(self) -> bool:
-        """Hear from the forked child: READY, then what went wrong; the end (False) when it has become the job."""
+        """Hear from the forked children: READY, then what went wrong; the end (False) when they have become the job."""
         try:
             news = os.read(self._news, 65536)
         except BlockingIOError:
             return True
-        if news.startswith(READY):
+        self._ready += news.count(READY)
+        if READY in news and self._ready == (self._launch.ranks or 1):
             self._start_at = 0.0
-            self._trouble += news[1:]
-        else:
-            self._trouble += news
+        self._trouble += news.replace(READY, b"")
         return news != b""
 
     def _on_time(self, childless: bool) -> None:
         now = time.monotonic()
         if now >= self._start_at:
             self._start(now)
+        if now >= self._warn_at:
+            self._warn()
         if now >= self._limit_at:
             self._stop("time_limit")
         if now >= self._kill_at or childless:
@@ -358,9 +416,15 @@ class Supervisor:
         self._kill_pause = min(1.0, 2 * self._kill_pause)
 
     def _start(self, now: float) -> None:
-        """Write `started.json` and let the job exec. A full disk delays it."""
+        """Open the copies, write `started.json` and let the job exec. A full disk delays it."""
         self._start_at = float("inf")
         if self._stopped is not None or self._status is not None:
+            return
+        try:
+            self._open_copies()
+        except Trouble as trouble:
+            self._trouble += str(trouble).encode(errors="replace")
+            os.close(self._go)  # who waits for the word goes
             return
         started_at = time.time()
         try:
@@ -381,10 +445,33 @@ class Supervisor:
         self._started_at = started_at
         if self._launch.time_limit_s is not None:
             self._limit_at = now + self._launch.time_limit_s
+            if self._launch.warn_signal is not None:
+                self._warn_at = self._limit_at - self._launch.warn_signal[1]
         try:
-            os.write(self._go, READY)
+            os.write(self._go, READY * len(self._ranks))
         except OSError:
             pass  # the child was killed; its status says so
+
+    def _open_copies(self) -> None:
+        """Open the files that get a copy of the output, once. Raises Trouble."""
+        launch = self._launch
+        for end, path in ((self._out, launch.output), (self._err, launch.error)):
+            if path is not None and end not in self._copies:
+                os.umask(self._umask)
+                try:
+                    self._copies[end] = Copy(_open_copy(os.path.join(launch.cwd, path), launch.append))
+                finally:
+                    os.umask(0o077)
+
+    def _warn(self) -> None:
+        """Send the signal that says how near the time limit is."""
+        self._warn_at = float("inf")
+        if self._launch.warn_signal is None or self._stopped is not None or self._status is not None:
+            return
+        number, _, main_only = self._launch.warn_signal
+        for pid, ticks, _ in _descendants(os.getpid()):
+            if not main_only or pid in self._ranks:
+                _signal_process(pid, ticks, number)
 
     def _stop(self, reason: str) -> None:
         if self._stopped is None and self._status is None:
@@ -405,42 +492,41 @@ class Supervisor:
                 break
             self._max_rss_kib = max(self._max_rss_kib, usage.ru_maxrss)
             self._cpu_s += usage.ru_utime + usage.ru_stime
-            if pid == self._pid:
-                main_ended = True
-                self._status = status
-                self._limit_at = float("inf")
+            if pid in self._ranks:
+                main_ended = self._end_rank(self._ranks.pop(pid), status) or main_ended
         if main_ended:
             self._tree.terminate()
             if self._stopped is None:
-                self._kill_at = time.monotonic() + min(self._launch.grace_s, LEFTOVER_GRACE_S)
+                grace_s = self._launch.grace_s
+                self._kill_at = time.monotonic() + (grace_s if self._ranks else min(grace_s, LEFTOVER_GRACE_S))
         return False
+
+    def _end_rank(self, rank: int, status: int) -> bool:
+        """Take note of how a main process ended; True when that ends the job: one failed, or the last is gone."""
+        if self._status is not None or (status == 0 and self._ranks):
+            return False
+        self._status = status
+        self._limit_at = float("inf")
+        if status and self._stopped is None and (self._launch.ranks or 1) > 1:
+            self._failed_rank = rank
+        return True
 
     def _drain(self) -> None:
         """Take what the job left in the pipes. The log's may still be held open by a stranger who got it passed."""
         while self._listen():
             pass
-        poll = select.poll()
-        poll.register(self._out, select.POLLIN)
-        end = self._log.bytes + fcntl.fcntl(self._out, fcntl.F_GETPIPE_SZ)
-        while self._log.bytes < end and poll.poll(0) and self._pump():
-            pass
+        for end in {self._out, self._err}:
+            poll = select.poll()
+            poll.register(end, select.POLLIN)
+            enough = self._log.bytes + fcntl.fcntl(end, fcntl.F_GETPIPE_SZ)
+            while self._log.bytes < enough and poll.poll(0) and self._pump(end):
+                pass
 
     def _record(self) -> None:
-        """Write `exit.json`, however long the disk is full; only a deleted folder ends the effort."""
         values = self._ending()
         if self._tree.cgroup:
             _remove_cgroup(self._tree.cgroup)
-        if os.path.exists("shim.log") and os.stat("shim.log").st_size == 0:
-            _unlink("shim.log")  # where the executor lets us complain
-        while True:
-            try:
-                self._log.finish()
-                _write_json("exit.json", values)
-                return _unlink("launch.json")  # nobody launches this attempt again; the user's variables may be secret
-            except FileNotFoundError:
-                return None
-            except OSError:
-                time.sleep(1.0)
+        _finish(self._log, values)
 
     def _ending(self) -> "dict[str, str | float | None]":
         code = None if self._status is None else os.waitstatus_to_exitcode(self._status)
@@ -456,12 +542,15 @@ class Supervisor:
             cpu_s = int(_field(f"{self._tree.cgroup}/cpu.stat", "usage_usec") or cpu_s * 1e6) / 1e6
             max_rss_mib = int(_get(f"{self._tree.cgroup}/memory.peak") or max_rss_mib * 2**20) / 2**20
             out_of_memory = int(_field(f"{self._tree.cgroup}/memory.events", "oom_kill") or 0) > 0
+        failed = error is None and code != 0
         return {
             "exit_code": code if error is None and code is not None and code >= 0 else None,
             "signal": -code if error is None and code is not None and code < 0 else None,
+            "rank": self._failed_rank if failed else None,
             "error": error,
             "stopped": self._stopped,
             "out_of_memory": out_of_memory,
+            "gpu_out_of_memory": failed and _says_gpu_out_of_memory(_end_of_log()),
             "started_at": self._started_at,
             "ended_at": time.time(),
             "cpu_seconds": round(cpu_s, 6),
@@ -471,7 +560,133 @@ class Supervisor:
         }
 
 
-def main(folder: str) -> int:
+class Watcher:
+    """A process that was begun outside mlbox, from when it was taken in to its `exit.json`. It is not our child.
+
+    Each process that is to end is held by a pidfd, so that no other is ever signalled in its place.
+    """
+
+    def __init__(self, launch: Launch, process: "tuple[int, int]", wakeup: int) -> None:
+        self._launch = launch
+        self._pid, self._ticks = process
+        self._wakeup = wakeup
+        self._held: dict[int, tuple[int, int]] = {}
+        """A pidfd, and the pid and start time, of each process whose end is waited for."""
+        self._poll = select.poll()
+        self._poll.register(wakeup, select.POLLIN)
+        self._stopped: str | None = None
+        self._signal: int | None = None
+        self._limit_at = self._kill_at = float("inf")
+        self._kill_pause = KILL_AGAIN_S
+
+    def run(self) -> None:
+        log = Log(0, 0)
+        earlier = self._earlier()
+        self._hold(self._pid, self._ticks)
+        error = None
+        if not self._held and earlier is None:
+            error = f"process {self._pid} was gone before it could be watched"
+        started_at = None if error else earlier or time.time()
+        if self._held:
+            self._start(started_at)
+            self._watch()
+        ended_well = error is None and self._signal is None
+        values: dict[str, str | float | None] = {
+            "exit_code": 0 if ended_well else None,
+            "signal": self._signal,
+            "error": error,
+            "stopped": self._stopped,
+            "adopted": True,
+            "started_at": started_at,
+            "ended_at": time.time(),
+            "cpu_seconds": 0.0,
+            "max_rss_mib": 0.0,
+            "log_bytes": 0,
+        }
+        _finish(log, values)
+
+    def _earlier(self) -> float | None:
+        """Since when an earlier shim, that died, watched it."""
+        try:
+            return float(_read_json("started.json")["started_at"])
+        except (OSError, ValueError, LookupError, TypeError, StopIteration):
+            return None
+
+    def _start(self, started_at: float | None) -> None:
+        values: dict[str, str | float | None] = {
+            "shim_pid": os.getpid(),
+            "pid": self._pid,
+            "boot_id": self._launch.boot_id,
+            "started_at": started_at,
+            "start_ticks": self._ticks,
+            "cgroup": None,
+            "adopted": True,
+        }
+        while True:
+            try:
+                _write_json("started.json", values)
+                break
+            except OSError:
+                if self._poll.poll(1000):  # stopped, or ended: that goes before a full disk
+                    break
+        if self._launch.time_limit_s is not None and started_at is not None:
+            self._limit_at = time.monotonic() + max(0.0, started_at + self._launch.time_limit_s - time.time())
+
+    def _watch(self) -> None:
+        """Until it has ended, and all that it had begun where it was stopped."""
+        while self._held:
+            wait_s = min(self._limit_at, self._kill_at) - time.monotonic()
+            for end, _ in self._poll.poll(min(max(0.0, wait_s) * 1000, LONGEST_POLL_MS)):
+                if end == self._wakeup:
+                    self._hear()
+                else:
+                    self._poll.unregister(end)
+                    del self._held[end]
+                    os.close(end)
+            now = time.monotonic()
+            if now >= self._limit_at:
+                self._stop("time_limit")
+            if now >= self._kill_at:
+                self._send(signal.SIGKILL)
+                self._kill_at = now + self._kill_pause
+                self._kill_pause = min(1.0, 2 * self._kill_pause)
+
+    def _hear(self) -> None:
+        for number in os.read(self._wakeup, 4096):
+            if number in (signal.SIGTERM, signal.SIGUSR1):
+                self._stop("cancel")
+            if number == signal.SIGUSR1:
+                self._kill_at = 0.0
+
+    def _stop(self, reason: str) -> None:
+        if self._stopped is None and self._held:
+            self._stopped = reason
+            self._limit_at = float("inf")
+            self._send(signal.SIGTERM, signal.SIGCONT)
+            self._kill_at = time.monotonic() + self._launch.grace_s
+
+    def _send(self, *numbers: int) -> None:
+        """Signal all that is held, and hold and signal all that it has begun."""
+        self._signal = numbers[0]
+        for pid, ticks, _ in _descendants(*(pid for pid, _ in self._held.values())):
+            self._hold(pid, ticks)
+        for process in self._held:
+            for number in numbers:
+                try:
+                    signal.pidfd_send_signal(process, number)
+                except OSError:
+                    pass  # gone, or not ours to signal
+
+    def _hold(self, pid: int, ticks: int) -> None:
+        if (pid, ticks) not in self._held.values():
+            process = _open_process(pid, ticks)
+            if process is not None:
+                self._held[process] = (pid, ticks)
+                self._poll.register(process, select.POLLIN)
+
+
+def main(folder: str, message: bytes | None = None) -> int:
+    """Be the shim of the attempt in `folder`, as `message` says, or `launch.json` where there is none."""
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     umask = os.umask(0o077)
     wakeup = _catch_signals()
@@ -481,14 +696,120 @@ def main(folder: str) -> int:
         pass  # already leads its session
     _call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     os.chdir(folder)
-    if not _take_lock() or os.path.exists("started.json") or os.path.exists("exit.json"):
+    if not _take_lock() or os.path.exists("exit.json"):
         return REFUSED
+    began = os.path.exists("started.json")
     try:
-        launch = Launch(_read_json("launch.json"))
+        launch = Launch(_read_json("launch.json") if message is None else _json(message.decode()))
     except (OSError, ValueError, LookupError, TypeError, StopIteration) as error:
+        if began:
+            return REFUSED
         sys.exit(f"launch.json is not one: {error!r}")
-    Supervisor(launch, wakeup, umask).run()
+    _call("prctl", PR_SET_NAME, launch.handle.replace("-job", "", 1).encode()[:15] + b"\0", 0, 0, 0)  # as ps shows it
+    if launch.adopt is not None:
+        Watcher(launch, launch.adopt, wakeup).run()
+    elif began:
+        return REFUSED
+    else:
+        Supervisor(launch, wakeup, umask).run()
     return 0
+
+
+def _finish(log: Log, values: "Mapping[str, str | float | None]") -> None:
+    """Write `exit.json`, however long the disk is full; only a deleted folder ends the effort."""
+    if os.path.exists("shim.log") and os.stat("shim.log").st_size == 0:
+        _unlink("shim.log")  # where the executor lets us complain
+    while True:
+        try:
+            log.finish()
+            _write_json("exit.json", {**values, "log_dropped_bytes": log.bytes - log.kept})
+            return _unlink("launch.json")  # nobody launches this attempt again; the user's variables may be secret
+        except FileNotFoundError:
+            return None
+        except OSError:
+            time.sleep(1.0)
+
+
+def _open_copy(path: bytes, append: bool) -> int:
+    """A file to copy output into. Waits for nobody, such as the reader of a FIFO. Raises Trouble."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    try:
+        return os.open(path, flags if append else flags | os.O_TRUNC, 0o666)
+    except OSError as error:
+        raise Trouble(f"cannot write its output to {_text(path)}: {error.strerror}") from error
+
+
+def _says_gpu_out_of_memory(output: bytes) -> bool:
+    return any(text in output for text in GPU_OUT_OF_MEMORY)
+
+
+def _end_of_log() -> bytes:
+    """The last OOM_WINDOW_BYTES that were kept. The job may have put anything there: never waits, follows no link."""
+    found = b""
+    names = sorted(name for name in os.listdir(".") if name == "log" or name.startswith("log."))
+    for name in reversed(names):
+        wanted = OOM_WINDOW_BYTES - len(found)
+        if wanted <= 0:
+            break
+        try:
+            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            found = os.pread(file, wanted, max(0, os.fstat(file).st_size - wanted)) + found
+        except OSError:
+            pass
+        finally:
+            os.close(file)
+    return found
+
+
+def template() -> int:
+    """Be ready to be a shim, and be copied for each launch: starting Python anew costs 10 ms of a core.
+
+    Standard input is a socket. For each launch that comes (JSON, ended by a NUL byte) the answer is the pid of its
+    shim, or a negative errno, on a line. The shims are children of our parent, as if it had started them itself, and
+    outlive us. Ends with the socket.
+
+    No file is made and removed on the way: ext4 looks at each inode that was freed in the last seconds before it gives
+    one away (`recently_deleted`), which was a third of what a short job costs.
+    """
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    gc.freeze()  # a collection in a shim would write to, and so copy, all that it shares with us
+    waiting = b""
+    while data := os.read(0, 65536):
+        *launches, waiting = (waiting + data).split(b"\0")
+        for launch in launches:
+            os.write(0, b"%d\n" % _copied(launch))
+    return 0
+
+
+def _copied(launch: bytes) -> int:
+    """Copy this process into a shim that runs `launch`; its pid, or a negative errno."""
+    try:
+        pid = _clone3(CLONE_PARENT, 0, 0)
+    except OSError as error:
+        return -(error.errno or errno.EAGAIN)
+    if pid:
+        return pid
+    status = 1
+    folder = ""
+    try:
+        folder = _json(launch.decode())["folder"]
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        status = main(folder, launch)
+    except BaseException as error:  # this process must not go on as a second template
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+        os.dup2(os.open(os.path.join(folder, "shim.log"), flags, 0o600), 2)
+        sys.excepthook(type(error), error, error.__traceback__)
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
 
 
 def _call(function: str, *arguments: int | bytes) -> int:
@@ -535,10 +856,11 @@ def _take_lock() -> bool:
     return True
 
 
-def _become_job(launch: Launch, umask: int, out: int, news: int, go: int) -> "NoReturn":
+def _become_job(launch: Launch, rank: int, umask: int, output: "tuple[int, int]", news: int, go: int) -> "NoReturn":
     """In the forked child: prepare, say READY, wait for the word, exec. Every other descriptor closes on exec.
 
     The lock's copy stays open until then, so that nobody launches the attempt again beside a child that unpacks.
+    Rank 0 unpacks for all; the others enter the folder when the word has come.
     """
     try:
         signal.set_wakeup_fd(-1)
@@ -547,20 +869,39 @@ def _become_job(launch: Launch, umask: int, out: int, news: int, go: int) -> "No
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         os.setsid()
         os.umask(umask)
-        for source, target in ((os.open(os.devnull, os.O_RDONLY), 0), (out, 1), (out, 2)):
+        for source, target in zip((os.open(os.devnull, os.O_RDONLY), *output), (0, 1, 2), strict=True):
             os.dup2(source, target)
-        if launch.code is not None:
-            _unpack(launch.code, launch.cwd)
-        _enter(launch.cwd)
+        _settle_on(launch.cpu_affinity)
+        if rank == 0:
+            if launch.code is not None:
+                _unpack(launch.code, launch.cwd)
+            _enter(launch.cwd)
         os.write(news, READY)
         if os.read(go, 1):
-            _exec(launch.argv, launch.env)
+            if rank:
+                _enter(launch.cwd)
+            _exec(launch.argv, launch.env if launch.ranks is None else launch.env | _rank(rank))
     except Trouble as trouble:
         os.write(news, str(trouble).encode(errors="replace"))
     except BaseException as error:  # whatever it is: this process must not go on as a second shim
         os.write(news, f"{type(error).__name__}: {error}".encode(errors="replace"))
     finally:
         os._exit(127)
+
+
+def _rank(rank: int) -> dict[bytes, bytes]:
+    """By what one of several processes knows which it is: torchrun's variables and srun's."""
+    names = (b"RANK", b"LOCAL_RANK", b"ROLE_RANK", b"SLURM_PROCID", b"SLURM_LOCALID")
+    return dict.fromkeys(names, str(rank).encode())
+
+
+def _settle_on(cores: list[int]) -> None:
+    """Stay near the job's GPUs. A hint: cores may be gone, or not ours to use."""
+    try:
+        if cores:
+            os.sched_setaffinity(0, cores)
+    except (OSError, ValueError, OverflowError):
+        pass
 
 
 class Trouble(Exception):
@@ -666,13 +1007,18 @@ def _fork_into(cgroup: str) -> int:
     """clone3(2) with CLONE_INTO_CGROUP: the child is born in the cgroup. Otherwise like os.fork."""
     folder = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        # struct clone_args: flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid,
-        # set_tid_size, cgroup
-        fields = (CLONE_INTO_CGROUP, 0, 0, 0, signal.SIGCHLD, 0, 0, 0, 0, 0, folder)
-        clone_args = b"".join(field.to_bytes(8, sys.byteorder) for field in fields)
-        return _call("syscall", SYS_CLONE3, clone_args, len(clone_args))
+        return _clone3(CLONE_INTO_CGROUP, signal.SIGCHLD, folder)
     finally:
         os.close(folder)
+
+
+def _clone3(flags: int, exit_signal: int, cgroup: int) -> int:
+    """clone3(2), like fork(2) beside the flags: the child's pid, and 0 in the child. Raises OSError."""
+    # struct clone_args: flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid,
+    # set_tid_size, cgroup
+    fields = (flags, 0, 0, 0, exit_signal, 0, 0, 0, 0, 0, cgroup)
+    clone_args = b"".join(field.to_bytes(8, sys.byteorder) for field in fields)
+    return _call("syscall", SYS_CLONE3, clone_args, len(clone_args))
 
 
 def _remove_cgroup(path: str) -> None:
@@ -684,13 +1030,13 @@ def _remove_cgroup(path: str) -> None:
             pass  # an empty cgroup costs a few KiB of kernel memory until the next boot
 
 
-def _descendants() -> "Iterator[tuple[int, int, int]]":
-    """Pid, start time in clock ticks, and parent of everything below this process (proc_pid_stat(5))."""
+def _descendants(*ancestors: int) -> "Iterator[tuple[int, int, int]]":
+    """Pid, start time in clock ticks, and parent of everything below some processes (proc_pid_stat(5))."""
     children: dict[int, list[tuple[int, int, int]]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit() and (fields := _stat(int(name))):
             children.setdefault(int(fields[1]), []).append((int(name), int(fields[19]), int(fields[1])))
-    parents = [os.getpid()]
+    parents = list(ancestors)
     while parents:
         for process in children.get(parents.pop(), ()):
             parents.append(process[0])
@@ -703,7 +1049,7 @@ def _children() -> set[int]:
         with open(f"/proc/self/task/{os.getpid()}/children", "rb", buffering=0) as file:
             return set(map(int, file.read().split()))
     except OSError:  # a kernel without CONFIG_PROC_CHILDREN
-        return {pid for pid, _, parent in _descendants() if parent == os.getpid()}
+        return {pid for pid, _, parent in _descendants(os.getpid()) if parent == os.getpid()}
 
 
 def _stat(pid: int) -> list[bytes]:
@@ -722,23 +1068,37 @@ def _ticks(pid: int) -> int | None:
 
 def _signal_process(pid: int, ticks: int, *numbers: int) -> None:
     """Signal the process that began at `ticks`, never another that has got its pid."""
-    try:
-        process = os.pidfd_open(pid)
-    except OSError:
+    process = _open_process(pid, ticks)
+    if process is None:
         return
     try:
-        if _ticks(pid) == ticks:
-            for number in numbers:
-                signal.pidfd_send_signal(process, number)
+        for number in numbers:
+            signal.pidfd_send_signal(process, number)
     except OSError:
         pass  # gone, or not ours to signal (setuid)
     finally:
         os.close(process)
 
 
+def _open_process(pid: int, ticks: int) -> int | None:
+    """A pidfd of the process that began at `ticks`; None when it is gone, whoever has its pid by now."""
+    try:
+        process = os.pidfd_open(pid)
+    except OSError:
+        return None
+    if _ticks(pid) == ticks:
+        return process
+    os.close(process)
+    return None
+
+
 def _read_json(name: str) -> "dict[str, Any]":
     with open(name, encoding="utf-8") as file:
-        return make_scanner(_Json)(file.read(), 0)[0]  # pyright: ignore[reportArgumentType]  # duck-typed
+        return _json(file.read())
+
+
+def _json(text: str) -> "dict[str, Any]":
+    return make_scanner(_Json)(text, 0)[0]  # pyright: ignore[reportArgumentType]  # duck-typed
 
 
 class _Json:
@@ -822,4 +1182,4 @@ def _text(data: bytes) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[-1]))
+    sys.exit(template() if sys.argv[-1] == AS_TEMPLATE else main(sys.argv[-1]))

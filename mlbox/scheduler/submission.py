@@ -1,38 +1,30 @@
-"""What a user sends -> a checked `JobSpec`. Pure.
+"""What a user sends -> a checked `Submission`. Pure.
 
 Every form of a submit (form fields, JSON, query, directives of a script) ends here as one mapping from field name to
 value; strings are understood as well as JSON's own types. All bad fields are reported at once.
 """
 
 import difflib
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 from mlbox.errors import FieldError, Invalid
-from mlbox.jobs import JobSpec
-from mlbox.scheduler.values import INT64_MAX, Bad, boolean, integer, memory_mib, moment, seconds, shown, text
+from mlbox.jobs import ArraySpec, Element, JobSpec, WarnSignal
+from mlbox.scheduler import arrays
+from mlbox.scheduler import fields as single
+from mlbox.scheduler.begin import begin
+from mlbox.scheduler.values import Bad, boolean, integer, memory_mib, shown, text
 
-NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
-_ARGUMENT_MAX = 128 * 1024 - 1
-"""Linux refuses a longer single argument or variable (MAX_ARG_STRLEN, execve(2))."""
+NAME = single.NAME
 _SCRIPT_MAX = 1 << 20
-_ENV_MAX = 256 * 1024
 _YEAR_S = 366 * 86_400.0
 _ERRORS_MAX = 32
 """More than all fields there are: further unknown ones are not even looked at, for each costs a search."""
-_LATER = {
-    "gpu_mem": "shared GPUs",
-    "depends_on": "dependencies",
-    "array": "arrays",
-    "matrix": "arrays",
-    "preemptible": "preemption",
-    "notify": "notifications",
-}
-"""Fields of the interface that this version cannot honour: refused, never ignored."""
+_ARRAY_BYTES_MAX = 256 << 20
+"""What the jobs of an array may take in the database: each keeps its own script and variables."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,25 +34,36 @@ class Defaults:
     grace_s: float = 30.0
 
 
-def parse(fields: Mapping[str, object], defaults: Defaults, *, code: str | None = None) -> JobSpec:
-    """Check `fields` and make them a JobSpec; `code` is the format of an archive sent along.
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """What a user asked for: a job, or the elements of an array that all are that job."""
+
+    spec: JobSpec
+    array: ArraySpec | None = None
+
+
+def parse(fields: Mapping[str, object], defaults: Defaults, *, now: float, code: str | None = None) -> Submission:
+    """Check `fields`; `code` is the format of an archive sent along, `now` is Unix seconds.
 
     Raises Invalid with one FieldError for each bad field.
     """
-    values, errors = _checked(fields, FIELDS)
+    values, errors = _checked(fields, FIELDS, now)
     errors += _together(fields, values, code)
     if errors:
         raise _refusal("the job was not accepted: ", errors)
+    array = _array(values)
+    for field in _OF_ARRAYS:
+        values.pop(field, None)
     values.setdefault("name", _default_name(values.get("command")))
     values.setdefault("grace_s", defaults.grace_s)
-    return JobSpec(code=code, **values)
+    return Submission(JobSpec(code=code, **values), array)
 
 
 def changes(fields: Mapping[str, object]) -> dict[str, Any]:
-    """Check the fields of a PATCH: `priority`, `time_limit`. Raises Invalid."""
-    values, errors = _checked(fields, ("priority", "time_limit"))
+    """Check the fields of a PATCH: `priority`, `time_limit`, `notify`. Raises Invalid."""
+    values, errors = _checked(fields, ("priority", "time_limit", "notify"), 0.0)
     if not values and not errors:
-        raise Invalid("nothing to change: give priority or time_limit")
+        raise Invalid("nothing to change: give priority, time_limit or notify")
     if errors:
         raise _refusal("nothing was changed: ", errors)
     return values
@@ -72,7 +75,7 @@ def unknown(field: str, known: Sequence[str]) -> str:
     return f"unknown field; did you mean {near[0]!r}?" if near else f"unknown field; known: {', '.join(sorted(known))}"
 
 
-def _checked(fields: Mapping[str, object], known: Sequence[str]) -> tuple[dict[str, Any], list[FieldError]]:
+def _checked(fields: Mapping[str, object], known: Sequence[str], now: float) -> tuple[dict[str, Any], list[FieldError]]:
     """The values of the good fields by the names of JobSpec, and what is wrong with the bad ones."""
     values: dict[str, Any] = {}
     errors: list[FieldError] = []
@@ -82,13 +85,12 @@ def _checked(fields: Mapping[str, object], known: Sequence[str]) -> tuple[dict[s
         if len(errors) == _ERRORS_MAX:
             break
         try:
-            if field in _LATER:
-                raise Bad(f"this version of mlbox has no {_LATER[field]}: leave it out")
             if field == "code":
                 raise Bad("send the archive as a file: curl -F code=@src.tar.gz")
             if field not in known:
                 raise Bad(unknown(field, known))
-            values[_COLUMNS.get(field, field)] = _PARSERS[field](value)
+            take = partial(begin, now=now) if field == "not_before" else _PARSERS[field]
+            values[_COLUMNS.get(field, field)] = take(value)
         except Bad as error:
             errors.append(FieldError(field if NAME.fullmatch(field) else shown(field), str(error)))
     return values, errors
@@ -97,14 +99,65 @@ def _checked(fields: Mapping[str, object], known: Sequence[str]) -> tuple[dict[s
 def _together(fields: Mapping[str, object], values: Mapping[str, Any], code: str | None) -> list[FieldError]:
     """What is wrong with the fields as a set."""
     errors: list[FieldError] = []
-    given = [field for field in ("command", "script") if fields.get(field) is not None]
-    if not given:
-        errors.append(FieldError("command", "missing: give a command line, or a script"))
-    elif len(given) == 2:
-        errors.append(FieldError("script", "give either a command or a script, not both"))
+
+    def wrong(field: str, message: str) -> None:
+        errors.append(FieldError(field, message))
+
+    given = {field for field, value in fields.items() if value is not None}
+    if not given & {"command", "script"}:
+        wrong("command", "missing: give a command line, or a script")
+    elif {"command", "script"} <= given:
+        wrong("script", "give either a command or a script, not both")
     if code is not None and "workdir" in values:
-        errors.append(FieldError("workdir", "give either code (unpacked into a fresh folder) or workdir, not both"))
+        wrong("workdir", "give either code (unpacked into a fresh folder) or workdir, not both")
+    gpus = values.get("gpus", 0)
+    if gpus and "gpu_mem_mib" in values:
+        wrong("gpu_mem", "give either gpus (whole ones) or gpu_mem (a share of one), not both")
+    elif "launch" in values and not gpus and not _bad(fields, values, "gpus"):
+        wrong("launch", "starts a job on whole GPUs: give gpus=1 or more, too")
+    warn: WarnSignal | None = values.get("warn_signal")
+    limit: float | None = values.get("time_limit_s")
+    if warn is not None and limit is None and not _bad(fields, values, "time_limit"):
+        wrong("signal", "is sent before the time limit: give time_limit, too")
+    elif warn is not None and limit is not None and warn.before_s >= limit:
+        wrong("signal", f"would be sent {warn.before_s:.0f} s before the limit, but the time limit is {limit:.0f} s")
+    if {"array", "matrix"} <= given:
+        wrong("matrix", "give either an array or a matrix, not both")
+    elif "at_once" in values and not given & {"array", "matrix"}:
+        wrong("at_once", "caps an array: give array or matrix, too")
+    elif too_large := _too_large(values):
+        wrong("matrix" if "matrix" in values else "array", too_large)
     return errors
+
+
+def _bad(fields: Mapping[str, object], values: Mapping[str, Any], field: str) -> bool:
+    """Whether `field` was given but is no value: what needs it is not at fault, then."""
+    return fields.get(field) is not None and _COLUMNS.get(field, field) not in values
+
+
+def _array(values: Mapping[str, Any]) -> ArraySpec | None:
+    array: ArraySpec | None = values.get("array")
+    if "matrix" in values:
+        array = ArraySpec(elements=cast("tuple[Element, ...]", values["matrix"]))
+    if array is not None and "at_once" in values:
+        array = replace(array, at_once=values["at_once"])
+    return array
+
+
+def _too_large(values: Mapping[str, Any]) -> str | None:
+    array = _array(values)
+    if array is None:
+        return None
+    every = len((values.get("command") or values.get("script") or "").encode()) + single.env_bytes(
+        values.get("env", {})
+    )
+    size = sum(every + single.env_bytes(element.env) for element in array.elements)
+    if size <= _ARRAY_BYTES_MAX:
+        return None
+    return (
+        f"its {len(array.elements)} elements would keep {size >> 20} MiB of script and variables, more than "
+        f"{_ARRAY_BYTES_MAX >> 20} MiB: let a short script call a long one"
+    )
 
 
 def _refusal(what: str, errors: list[FieldError]) -> Invalid:
@@ -119,95 +172,36 @@ def _default_name(command: str | None) -> str:
     return words[:40].rstrip("-.") or "command"
 
 
-def _name(value: object) -> str:
-    if not isinstance(value, str) or NAME.fullmatch(value) is None:
-        raise Bad(f"wants 1 to 64 of letters, digits, '.', '_' and '-', got {shown(value)}")
-    return value
-
-
-def _model(value: object) -> str:
-    """A model's name is also a folder's: no leading dot; `stats` is a path of the inference protocol."""
-    name = _name(value)
-    if name.startswith(".") or name == "stats":
-        raise Bad(f"a model cannot be called {name!r}")
-    return name
-
-
-def _duration(low: int, high: float) -> Callable[[object], float]:
-    def parse_duration(value: object) -> float:
-        number = seconds(value)
-        if not low <= number <= high:
-            raise Bad(f"wants {low} to {high:.0f} seconds, got {shown(value)}")
-        return number
-
-    return parse_duration
-
-
-def _env(value: object) -> dict[str, str]:
-    """Variables as a JSON object, as JSON text, or as `NAME=value` lines (one or many form fields)."""
-    variables: dict[str, str] = {}
-    for name, item in _pairs(value):
-        if not isinstance(name, str) or _ENV_NAME.fullmatch(name) is None:
-            raise Bad(f"{shown(name)} cannot be a variable's name")
-        if name.startswith("MLBOX_"):
-            raise Bad(f"{name} is mlbox's own: variables that begin with MLBOX_ are set by mlbox")
-        number = isinstance(item, (int, float)) and not isinstance(item, bool) and abs(item) <= INT64_MAX
-        try:
-            variables[name] = text(_ARGUMENT_MAX - len(name) - 1, empty=True)(str(item) if number else item)
-        except Bad as error:
-            raise Bad(f"{name} {error}") from None
-    if sum(len(name) + len(item.encode()) for name, item in variables.items()) > _ENV_MAX:
-        raise Bad(f"is larger than {_ENV_MAX} bytes in all")
-    return variables
-
-
-def _pairs(value: object) -> list[tuple[object, object]]:
-    """The names and values of one of the forms of `env`."""
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        try:
-            value = cast("object", json.loads(value))
-        except (ValueError, RecursionError):
-            raise Bad("begins like a JSON object but is none") from None
-    if isinstance(value, Mapping):
-        return list(cast("Mapping[object, object]", value).items())
-    if not isinstance(value, (str, list)):
-        raise Bad(f"wants names and values, got {shown(value)}")
-    lines = value.split("\n") if isinstance(value, str) else cast("list[object]", value)
-    pairs: list[tuple[object, object]] = []
-    for line in lines:
-        if not isinstance(line, str) or (line.strip() and "=" not in line):
-            raise Bad(f"wants NAME=value, got {shown(line)}")
-        name, equals, content = line.rstrip("\r").partition("=")
-        if equals:
-            pairs.append((name.strip(), content))
-    return pairs
-
-
-def _workdir(value: object) -> str:
-    path = text(4095)(value)
-    if not path.startswith("/"):
-        raise Bad(f"wants an absolute path, got {shown(value)}")
-    return path
-
-
 _PARSERS: Mapping[str, Callable[[object], Any]] = {
-    "command": text(_ARGUMENT_MAX),
+    "command": text(single.ARGUMENT_MAX),
     "script": text(_SCRIPT_MAX),
-    "workdir": _workdir,
-    "name": _name,
-    "project": _name,
-    "env": _env,
+    "workdir": single.workdir,
+    "name": single.name,
+    "project": single.name,
+    "env": single.env,
     "gpus": integer(0, 1024),
+    "gpu_mem": memory_mib,
     "cpus": integer(1, 65_536),
     "mem": memory_mib,
-    "time_limit": _duration(1, 10 * _YEAR_S),
-    "grace_s": _duration(0, 86_400),
+    "time_limit": single.duration(1, 10 * _YEAR_S),
+    "grace_s": single.duration(0, 86_400),
+    "signal": single.warn_signal,
     "priority": integer(-100, 100),
+    "preemptible": boolean,
+    "depends_on": single.depends_on,
+    "array": arrays.array,
+    "matrix": arrays.matrix,
+    "at_once": arrays.at_once,
     "retries": integer(0, 100),
     "requeue": boolean,
-    "model": _model,
+    "launch": single.launch,
+    "model": single.model,
     "hold": boolean,
-    "not_before": moment,
+    "output": single.output,
+    "error": single.output,
+    "notify": single.notify,
+    "notify_on": single.notify_on,
 }
-_COLUMNS = {"mem": "mem_mib", "time_limit": "time_limit_s"}
-FIELDS = tuple(_PARSERS)
+_COLUMNS = {"mem": "mem_mib", "gpu_mem": "gpu_mem_mib", "time_limit": "time_limit_s", "signal": "warn_signal"}
+_OF_ARRAYS = ("array", "matrix", "at_once")
+FIELDS = (*_PARSERS, "not_before")

@@ -3,14 +3,17 @@
 Each function takes what JSON or a form may hold and gives the value meant, or raises Bad.
 """
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import TypeGuard
+from typing import Any, TypeGuard, cast
 
 INT64_MAX = 2**63 - 1
-_YEAR_9999_S = 253_402_300_799.0
+ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+"""What a variable may be called."""
+YEAR_9999_S = 253_402_300_799.0
 """The end of the year 9999 in Unix seconds, where RFC 3339 ends."""
 _WORDS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 _UNITS = {"d": 86_400, "h": 3600, "min": 60, "m": 60, "s": 1}
@@ -102,15 +105,33 @@ def moment(value: object) -> float:
         number = _written_moment(value.strip())
     elif _is_number(value):
         number = float(value)
-    if number is None or not 0 <= number <= _YEAR_9999_S:
+    if number is None or not 0 <= number <= YEAR_9999_S:
         raise Bad(f"wants a time such as 2027-01-31T18:00:00Z or Unix seconds, got {shown(value)}")
     return number
+
+
+def json_object(written: str) -> dict[str, Any]:
+    """The object that JSON text holds, in which no name is there twice."""
+    try:
+        found: object = _DECODER.decode(written)
+    except Bad:
+        raise
+    except RecursionError:
+        raise Bad("is nested too deeply") from None
+    except ValueError as error:  # also a number of more digits than int() takes
+        wrong = error.msg if isinstance(error, json.JSONDecodeError) else "a number is too long"
+        raise Bad(f"begins like a JSON object but is none: {wrong.lower()}") from None
+    if not isinstance(found, dict):
+        raise Bad(f"wants a JSON object, got {shown(found)}")
+    return cast("dict[str, Any]", found)
 
 
 def shown(value: object) -> str:
     """A value for an error message: short, on one line, never able to break the text it stands in."""
     match value:
-        case None | bool():
+        case None:
+            return "null"
+        case bool():
             return str(value).lower()
         case int() if abs(value) > INT64_MAX:
             return "a number beyond 64 bits"
@@ -125,6 +146,16 @@ def shown(value: object) -> str:
             return "an object"
         case _:
             return type(value).__name__
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise Bad("has a name twice: which one is meant?")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_pairs)
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:

@@ -7,9 +7,9 @@ from typing import cast
 import msgspec
 from starlette.responses import Response
 
-from mlbox.jobs import Job
+from mlbox.jobs import Dependency, Job
 from mlbox.scheduler.queue import Attempt
-from mlbox.scheduler.service import Pending
+from mlbox.scheduler.service import FewerGpus, Pending
 from mlbox.serving.deployments import ModelInfo, VersionInfo
 from mlbox.web.queries import Token
 
@@ -38,7 +38,7 @@ def moment(seconds: float | None) -> str | None:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def job_json(job: Job, pending: Pending | None = None) -> dict[str, object]:
+def job_json(job: Job, pending: Pending | None = None, fewer: FewerGpus | None = None) -> dict[str, object]:
     """A job as users see it; what this version does not have yet is there and empty."""
     spec = job.spec
     return {
@@ -55,22 +55,30 @@ def job_json(job: Job, pending: Pending | None = None) -> dict[str, object]:
         "workdir": spec.workdir,
         "env": spec.env,
         "gpus": spec.gpus,
-        "gpu_mem_mib": None,
+        "gpu_mem_mib": spec.gpu_mem_mib,
         "cpus": spec.cpus,
         "mem_mib": spec.mem_mib,
         "time_limit_s": spec.time_limit_s,
         "grace_s": spec.grace_s,
         "priority": spec.priority,
-        "preemptible": False,
-        "depends_on": (),
-        "array": None,
+        "preemptible": spec.preemptible,
+        "depends_on": [depends_on(dependency) for dependency in spec.depends_on],
+        "array": array_json(job),
         "retries": spec.retries,
         "requeue": spec.requeue,
+        "launch": spec.launch,
         "model": spec.model,
         "hold": spec.hold,
         "not_before": moment(spec.not_before),
+        "warn_signal": warn_signal_json(job),
+        "output": spec.output,
+        "error": spec.error,
+        "notify": spec.notify,
+        "notify_on": spec.notify_on,
         "retry_of": job.retry_of,
+        "adopted": job.adopted,
         "submitted_at": moment(job.submitted_at),
+        "eligible_at": moment(job.eligible_at),
         "started_at": moment(job.started_at),
         "ended_at": moment(job.ended_at),
         "cancel_requested_at": moment(job.cancel_requested_at),
@@ -88,15 +96,38 @@ def job_json(job: Job, pending: Pending | None = None) -> dict[str, object]:
         },
         "progress": None,
         "verdict": None,
-        "pending": None if pending is None else pending_json(pending),
+        "pending": None if pending is None else pending_json(pending, fewer),
     }
 
 
-def pending_json(pending: Pending) -> dict[str, object]:
+def depends_on(dependency: Dependency) -> str:
+    """As Slurm writes it: `afterok:12`, for a whole array `afterok:12_*`."""
+    return f"{dependency.after}:{dependency.job_id}{'_*' if dependency.whole_array else ''}"
+
+
+def array_json(job: Job) -> dict[str, object] | None:
+    place = job.array
+    if place is None:
+        return None
+    return {"id": place.id, "index": place.index, "size": place.size, "at_once": place.at_once}
+
+
+def warn_signal_json(job: Job) -> dict[str, object] | None:
+    """The signal that comes before the time limit; `signal` is the one that ended the job."""
+    warning = job.spec.warn_signal
+    if warning is None:
+        return None
+    return {"number": warning.number, "before_s": warning.before_s, "main_only": warning.main_only}
+
+
+def pending_json(pending: Pending, fewer: FewerGpus | None = None) -> dict[str, object]:
+    """Why a job waits. `fewer_gpus` is looked for where one job is asked about: it takes a forecast of its own."""
     return {
         "why": pending.why,
         "position": pending.position,
         "estimated_start": moment(pending.estimated_start),
+        "estimated_start_p90": moment(pending.estimated_start_p90),
+        "fewer_gpus": fewer and {"gpus": fewer.gpus, "estimated_start": moment(fewer.estimated_start)},
     }
 
 

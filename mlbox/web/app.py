@@ -19,6 +19,8 @@ from mlbox.web.metrics import HttpMeter
 from mlbox.web.models_api import ModelsApi
 from mlbox.web.pages import Pages
 from mlbox.web.rendering import Renderer
+from mlbox.web.reports_api import ReportsApi
+from mlbox.web.reservations_api import ReservationsApi
 from mlbox.web.routes import ADMIN, DEPLOY, OPEN, READ, READ_JOB, SUBMIT, WRITE_JOB, Rule, open_paths, router
 from mlbox.web.signin import SignIn
 from mlbox.web.static_files import static_rules
@@ -73,6 +75,7 @@ def _rules(
     jobs, logs = JobsApi(doors, streams), LogsApi(doors, streams)
     artifacts, models = ArtifactsApi(doors, streams), ModelsApi(doors)
     box, identity = BoxApi(doors, streams, meter), IdentityApi(doors)
+    reports, reservations = ReportsApi(doors), ReservationsApi(doors)
     pages, sign = Pages(doors, logs, renderer), SignIn(doors.credentials, throttle, renderer)
     return (
         Rule("POST", "/api/jobs", SUBMIT, jobs.submit),
@@ -83,6 +86,9 @@ def _rules(
         Rule("GET", "/api/jobs/{id}/wait", READ_JOB, jobs.wait),
         Rule("POST", "/api/jobs/{id}/cancel", SUBMIT, jobs.cancel),
         Rule("POST", "/api/jobs/{id}/retry", SUBMIT, jobs.retry),
+        Rule("POST", "/api/jobs/{id}/clone", SUBMIT, jobs.clone),
+        Rule("GET", "/api/jobs/{id}/rank", READ, jobs.rank),
+        Rule("POST", "/api/arrays/{id}/cancel", SUBMIT, jobs.cancel_array),
         Rule("POST", "/api/jobs/{id}/hold", SUBMIT, jobs.hold),
         Rule("POST", "/api/jobs/{id}/release", SUBMIT, jobs.release),
         Rule("GET", "/api/jobs/{id}/log", READ_JOB, logs.log),
@@ -93,7 +99,14 @@ def _rules(
         Rule("GET", "/api/gpus", READ, box.gpus),
         Rule("POST", "/api/gpus/{uuid}/drain", ADMIN, box.drain),
         Rule("POST", "/api/gpus/{uuid}/resume", ADMIN, box.resume),
+        Rule("POST", "/api/gpus/{uuid}/adopt", SUBMIT, box.adopt),
         Rule("GET", "/api/queue", READ, box.queue),
+        Rule("GET", "/api/plan", READ, reports.plan),
+        Rule("GET", "/api/usage", READ, reports.usage),
+        Rule("GET", "/api/notices", READ, reports.notices),
+        Rule("GET", "/api/reservations", READ, reservations.list),
+        Rule("POST", "/api/reservations", ADMIN, reservations.create),
+        Rule("DELETE", "/api/reservations/{id}", ADMIN, reservations.cancel),
         Rule("GET", "/api/events", READ, box.events),
         Rule("GET", "/api/models", READ, models.list),
         Rule("GET", "/api/models/{name}", READ, models.show),

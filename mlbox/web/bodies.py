@@ -11,13 +11,14 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 from starlette.requests import Request
 
 from mlbox.errors import FieldError, Invalid, TooLarge, Unavailable
 from mlbox.scheduler import submission
+from mlbox.scheduler.values import Bad
 from mlbox.web import strict_json
 from mlbox.web.problems import UnknownMediaType
 
@@ -115,6 +116,26 @@ def known_only(fields: Mapping[str, object], known: tuple[str, ...]) -> None:
     errors = tuple(FieldError(name, submission.unknown(name, known)) for name in unknown)
     if errors:
         raise Invalid("; ".join(f"{error.field[:80]}: {error.message}" for error in errors), errors)
+
+
+def checked(
+    fields: Mapping[str, object], parsers: Mapping[str, Callable[[object], Any]], required: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The values of `fields`; null is as if it were not there. Raises Invalid with one FieldError for each bad one."""
+    known_only(fields, tuple(parsers))
+    values: dict[str, Any] = {}
+    errors: list[FieldError] = []
+    for field, value in fields.items():
+        if value is None:
+            continue
+        try:
+            values[field] = parsers[field](value)
+        except Bad as error:
+            errors.append(FieldError(field, str(error)))
+    errors += [FieldError(field, "is missing") for field in required if fields.get(field) is None]
+    if errors:
+        raise Invalid("; ".join(f"{error.field}: {error.message}" for error in errors), tuple(errors))
+    return values
 
 
 def check_announced(request: Request, limit: int) -> None:

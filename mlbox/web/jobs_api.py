@@ -1,6 +1,7 @@
 """`/api/jobs`: submit, list, show, wait, and what may be done with a job."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 
 from starlette.requests import Request
@@ -11,6 +12,7 @@ from mlbox.identity import Identity
 from mlbox.jobs import ACTIVE, Job
 from mlbox.scheduler import submission
 from mlbox.scheduler.logs import LogFile
+from mlbox.scheduler.policy import RankParts
 from mlbox.scheduler.submission import Defaults
 from mlbox.web import bodies
 from mlbox.web.answers import Json, Text, attempt_json, facts, job_json, table
@@ -39,8 +41,10 @@ class JobsApi:
     async def submit(self, request: Request) -> Response:
         key = idempotency_key(request)
         async with receiving_submit(request, self._jobs.incoming_folder, self._body_max) as sent:
-            spec = submission.parse(sent.fields, self._defaults, code=sent.code_format)
-            job, made = await self._jobs.submit(identity_of(request), spec, code=sent.code, idempotency_key=key)
+            asked = submission.parse(sent.fields, self._defaults, now=time.time(), code=sent.code_format)
+            job, made = await self._jobs.submit(
+                identity_of(request), asked.spec, array=asked.array, code=sent.code, idempotency_key=key
+            )
         return self._made(request, job, made)
 
     async def list(self, request: Request) -> Response:
@@ -83,6 +87,23 @@ class JobsApi:
         job = await self._jobs.retry(identity_of(request), job_id, idempotency_key=idempotency_key(request))
         return self._made(request, job, made=True)
 
+    async def clone(self, request: Request) -> Response:
+        bodies.known_only(await bodies.fields_of(request), ())
+        who, job_id = identity_of(request), id_in_path(request, "job")
+        job = await self._jobs.clone(who, job_id, idempotency_key=idempotency_key(request))
+        return self._made(request, job, made=True)
+
+    async def rank(self, request: Request) -> Response:
+        parts = rank_json(await self._jobs.rank(identity_of(request), id_in_path(request, "job")))
+        return Text(facts(parts)) if wants_text(request) else Json(parts)
+
+    async def cancel_array(self, request: Request) -> Response:
+        bodies.known_only(await bodies.fields_of(request), ())
+        jobs = await self._jobs.cancel_array(identity_of(request), id_in_path(request, "array"))
+        if wants_text(request):
+            return Text("".join(f"job {job.id} is {job.state}\n" for job in jobs))
+        return Json({"jobs": [self._short(job) for job in jobs]})
+
     async def change(self, request: Request) -> Response:
         values = submission.changes(await bodies.fields_of(request))
         job = await self._jobs.change(identity_of(request), id_in_path(request, "job"), values)
@@ -107,7 +128,7 @@ class JobsApi:
 
     async def _shown(self, request: Request, job: Job) -> Response:
         attempts = await self._jobs.attempts(identity_of(request), job.id)
-        shown = job_json(job, self._jobs.pending(job))
+        shown = job_json(job, self._jobs.pending(job), await self._jobs.fewer_gpus(job))
         shown["attempts"] = [attempt_json(attempt) for attempt in attempts]
         if job.state in ACTIVE:
             log = LogFile(self._jobs.attempt_folder(job.id, job.attempt))
@@ -124,3 +145,18 @@ class JobsApi:
         if job.spec.command is not None and len(job.spec.command) > _COMMAND_SHOWN:
             row["command"] = job.spec.command[:_COMMAND_SHOWN] + "…"
         return row
+
+
+def rank_json(parts: RankParts) -> dict[str, object]:
+    """Why a job stands where it does, part by part."""
+    return {
+        "position": parts.position,
+        "score": parts.score,
+        "priority": parts.priority,
+        "fair_share": parts.fair_share,
+        "usage_gpu_hours": parts.usage_gpu_hours,
+        "usage_share": parts.usage_share,
+        "share": parts.share,
+        "age": parts.age,
+        "age_s": parts.age_s,
+    }

@@ -44,7 +44,7 @@ def document() -> Json:
         },
         "servers": [{"url": "/"}],
         "security": [{"token": list[str]()}, {"session": list[str]()}],
-        "paths": {**_jobs(), **_logs(), **_artifacts(), **_box(), **_models(), **_identity()},
+        "paths": {**_jobs(), **_logs(), **_artifacts(), **_box(), **_reports(), **_models(), **_identity()},
         "components": {
             "schemas": schemas.SCHEMAS,
             "securitySchemes": {
@@ -75,9 +75,11 @@ def _jobs() -> Json:
         ok={
             200: both_answers(object_of(jobs=list_of("JobRow"), next=nullable("string")), "The jobs; a table as text.")
         },
+        errors=(404,),
         parameters=[
             query("state", {"type": "array", "items": {"enum": list(JobState)}}),
             *(query(name, {"type": "string"}) for name in ("user", "name", "project")),
+            query("array", {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}),
             query("limit", {"type": "integer", "minimum": 1, "maximum": 1000}),
             query("before", {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}),
         ],
@@ -128,7 +130,32 @@ def _jobs() -> Json:
         errors=(404, 409, 413, 415, 422, 429),
         parameters=[IDEMPOTENCY_KEY],
     )
-    return {**paths, "/api/jobs/{id}/retry": {"parameters": [ID], "post": again}}
+    clone = operation(
+        "Submit the same job once more, as a new one, whatever became of it",
+        Scope.SUBMIT,
+        ok={201: both_answers(ref("Job"), "The new job.")},
+        errors=(404, 409, 413, 415, 422, 429),
+        parameters=[IDEMPOTENCY_KEY],
+    )
+    rank = operation(
+        "Why a waiting job stands where it does, part by part",
+        Scope.READ,
+        ok={200: both_answers(ref("Rank"), "The parts.")},
+        errors=(404, 409),
+    )
+    cancel = operation(
+        "Cancel every job of an array that has not ended",
+        Scope.SUBMIT,
+        ok={200: both_answers(object_of(jobs=list_of("JobRow")), "The jobs as they are now; a line for each as text.")},
+        errors=(404, 409, 413, 415),
+    )
+    return {
+        **paths,
+        "/api/jobs/{id}/retry": {"parameters": [ID], "post": again},
+        "/api/jobs/{id}/clone": {"parameters": [ID], "post": clone},
+        "/api/jobs/{id}/rank": {"parameters": [ID], "get": rank},
+        "/api/arrays/{id}/cancel": {"parameters": [ID], "post": cancel},
+    }
 
 
 def _logs() -> Json:
@@ -247,6 +274,17 @@ def _box() -> Json:
         "/api/gpus": {"get": operation("The GPUs", Scope.READ, ok={200: both_answers(gpus, "The GPUs, by index.")})},
         "/api/gpus/{uuid}/drain": {"parameters": [uuid], "post": drain},
         "/api/gpus/{uuid}/resume": {"parameters": [uuid], "post": resume},
+        "/api/gpus/{uuid}/adopt": {
+            "parameters": [uuid],
+            "post": operation(
+                "Take a process that was started past mlbox in as a running job",
+                Scope.SUBMIT,
+                ok={201: both_answers(ref("Job"), "The job; its id alone as text.")},
+                errors=(404, 409, 413, 415, 422),
+                body={"application/json": {"schema": ref("Adopt")}},
+                body_required=False,
+            ),
+        },
         "/api/queue": {
             "get": operation(
                 "The queue",
@@ -277,6 +315,60 @@ def _box() -> Json:
         },
         "/openapi.json": {
             "get": operation("This document", Scope.READ, ok={200: json_answer({"type": "object"}, "The document.")})
+        },
+    }
+
+
+def _reports() -> Json:
+    limit = query("limit", {"type": "integer", "minimum": 1, "maximum": 1000})
+    since: Json = {"type": "string", "pattern": "^([1-9][0-9]{0,2}(s|min|m|h|d))?$", "description": "Or a time."}
+    kept = both_answers(ref("Reservation"), "The reservation.")
+    return {
+        "/api/plan": {
+            "get": operation(
+                "GPUs x time, past and planned",
+                Scope.READ,
+                ok={200: both_answers(ref("Plan"), "The plan; a picture of so many columns as text.")},
+                errors=(404,),
+                parameters=[query("columns", {"type": "integer", "minimum": 40, "maximum": 400})],
+            )
+        },
+        "/api/usage": {
+            "get": operation(
+                "Who used how much, and how long they waited",
+                Scope.READ,
+                ok={200: both_answers(ref("Usage"), "By user and by project; tables as text.")},
+                errors=(404,),
+                parameters=[query("since", since)],
+            )
+        },
+        "/api/notices": {
+            "get": operation(
+                "What you were told, newest first",
+                Scope.READ,
+                ok={200: both_answers(object_of(notices=list_of("Notice")), "The notices.")},
+                errors=(404,),
+                parameters=[limit],
+            )
+        },
+        "/api/reservations": {
+            "get": operation(
+                "The reservations that are not over",
+                Scope.READ,
+                ok={200: both_answers(object_of(reservations=list_of("Reservation")), "The next first.")},
+                errors=(404,),
+            ),
+            "post": operation(
+                "Keep GPUs for somebody, or for nobody, for a time",
+                Scope.ADMIN,
+                ok={201: both_answers(ref("Reservation"), "The reservation; its id alone as text.")},
+                errors=(404, 409, 413, 415, 422),
+                body={"application/json": {"schema": ref("Reserve")}},
+            ),
+        },
+        "/api/reservations/{id}": {
+            "parameters": [ID],
+            "delete": operation("Give a reservation up", Scope.ADMIN, ok={200: kept}, errors=(404, 409, 413, 415)),
         },
     }
 

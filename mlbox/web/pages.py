@@ -14,17 +14,18 @@ from starlette.responses import RedirectResponse, Response
 
 from mlbox.errors import NotFound
 from mlbox.identity import Identity
-from mlbox.jobs import ACTIVE, ENDED, Job, JobState
+from mlbox.jobs import ACTIVE, ENDED, Dependency, Job, JobState
 from mlbox.scheduler.queue import Attempt
 from mlbox.scheduler.service import Pending
 from mlbox.scheduler.state import GpuReport
 from mlbox.serving.deployments import ModelInfo
-from mlbox.web import artifacts, bodies, words
+from mlbox.web import artifacts, bodies, gantt, words
 from mlbox.web.answers import Json, attempt_json, job_json, model_json
 from mlbox.web.artifacts import Artifact
 from mlbox.web.artifacts_api import artifact_json
 from mlbox.web.box_api import gpu_json, waiting_json
 from mlbox.web.doors import Doors
+from mlbox.web.gantt import Picture
 from mlbox.web.logs_api import LogsApi
 from mlbox.web.parameters import JobFilters, job_filters
 from mlbox.web.rendering import Renderer
@@ -35,6 +36,7 @@ _RECENT_SHOWN = 12
 _RUNNING_SHOWN = 100
 _LISTED = 50
 _TAIL_LINES = 300
+_DEPENDS_SHOWN = 20
 _ARTIFACTS_SHOWN = 200
 
 
@@ -52,6 +54,8 @@ class Overview:
     recent: Sequence[Job]
     models: Sequence[ModelInfo]
     socket: str
+    plan: Picture | None
+    """GPUs x time; None where there is none to show."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +65,8 @@ class JobView:
     job: Job
     story: str
     pending: Pending | None
+    waits_for: Sequence[tuple[Dependency, Job | None]]
+    """The jobs that it depends on; None for one that the asker may not see."""
     attempts: Sequence[Attempt]
     gpu_names: Sequence[str]
     artifacts: Sequence[Artifact]
@@ -114,7 +120,7 @@ class Pages:
         slots, slots_free = self._jobs.slots
         counts = await self._jobs.counts()
         return Overview(
-            gpus=self._jobs.gpus(),
+            gpus=sorted(self._jobs.gpus(), key=lambda report: report.gpu.place),
             gpu_message=self._doors.gpus.current().message,
             slots=slots,
             slots_free=slots_free,
@@ -124,18 +130,25 @@ class Pages:
             recent=await self._jobs.list(who, states=ENDED, limit=_RECENT_SHOWN),
             models=await self._doors.deployments.models(),
             socket=self._doors.endpoints().get("socket", "mlbox.sock"),
+            plan=await self._picture(who),
         )
+
+    async def _picture(self, who: Identity) -> Picture | None:
+        plan = await self._jobs.plan(who)
+        return gantt.picture(plan) if plan.lanes else None
 
     # The list of jobs
 
     async def jobs(self, request: Request) -> Response:
         wanted, jobs = await self._listed(request)
-        older = None
+        array, older = wanted["array"], None
         if len(jobs) == wanted["limit"]:
-            older = "/jobs?" + urlencode([*_as_query(wanted), ("before", str(jobs[-1].id))])
+            of_array = [] if array is None else [("array", str(array))]
+            older = "/jobs?" + urlencode([*_as_query(wanted), *of_array, ("before", str(jobs[-1].id))])
         values = {
             "jobs": [(job, self._jobs.pending(job)) for job in jobs],
             "wanted": wanted,
+            "array": array,
             "older": older,
             "states": list(JobState),
             "counts": await self._jobs.counts(),
@@ -191,19 +204,26 @@ class Pages:
         found = await asyncio.to_thread(artifacts.listing, self._jobs.out_folder(job.id))
         names = self._gpu_names()
         gpu_names = [names.get(uuid, uuid) for uuid in job.gpu_uuids]
-        pending = self._jobs.pending(job)
+        pending, fewer = self._jobs.pending(job), await self._jobs.fewer_gpus(job)
         return JobView(
             job=job,
-            story=words.story(job, pending, gpu_names, time.time()),
+            story=words.story(job, pending, gpu_names, time.time(), fewer),
             pending=pending,
+            waits_for=[(found, await self._seen(who, found.job_id)) for found in job.spec.depends_on[:_DEPENDS_SHOWN]],
             attempts=await self._jobs.attempts(who, job_id),
             gpu_names=gpu_names,
             artifacts=found[:_ARTIFACTS_SHOWN],
             artifacts_left_out=max(0, len(found) - _ARTIFACTS_SHOWN),
         )
 
+    async def _seen(self, who: Identity, job_id: int) -> Job | None:
+        try:
+            return await self._jobs.get(who, job_id)
+        except NotFound:
+            return None
+
     def _gpu_names(self) -> dict[str, str]:
-        return {report.gpu.uuid: f"GPU {report.gpu.index}" for report in self._jobs.gpus()}
+        return {report.gpu.uuid: f"GPU {report.gpu.label}" for report in self._jobs.gpus()}
 
 
 def _as_query(wanted: JobFilters) -> list[tuple[str, str]]:

@@ -13,6 +13,8 @@ from mlbox.web import bodies
 LIST_MAX = 1000
 _LIST_DEFAULT = 100
 _INT64 = 2**63 - 1
+_SPAN_MAX_S = 10 * 366 * 86_400.0
+"""A larger number is no time span, but Unix seconds."""
 _NUMBER = re.compile(r"\d{1,20}(\.\d{1,20})?([eE][+-]?\d{1,3})?")
 _WORDS = {"1": True, "true": True, "yes": True, "on": True, "": True, "0": False, "false": False, "no": False}
 
@@ -24,6 +26,7 @@ class JobFilters(TypedDict):
     user: str | None
     name: str | None
     project: str | None
+    array: int | None
     limit: int
     before: int | None
 
@@ -70,6 +73,22 @@ class Parameters:
             _refuse(name, f"wants {high:g} seconds or less, got {text[:40]!r}")
         return number
 
+    def since(self, name: str, default_s: float, now: float) -> float:
+        """Unix seconds: a time, or so long before `now` (`7d`)."""
+        text = self.text(name)
+        if text is None:
+            return now - default_s
+        try:
+            span = values.seconds(text)
+            if span <= _SPAN_MAX_S:
+                return max(0.0, now - span)
+        except values.Bad:
+            pass
+        try:
+            return values.moment(text)
+        except values.Bad:
+            _refuse(name, f"wants a time span such as 7d, or a time such as 2027-01-31T18:00:00Z, got {text[:40]!r}")
+
     def flag(self, name: str) -> bool:
         """Whether it is there and not said to be off."""
         if name not in self._values:
@@ -82,7 +101,7 @@ class Parameters:
 
 def job_filters(request: Request, default_limit: int = _LIST_DEFAULT) -> JobFilters:
     """The filters of a list of jobs."""
-    known = ("state", "user", "name", "project", "limit", "before")
+    known = ("state", "user", "name", "project", "array", "limit", "before")
     asked = Parameters(request, *known, repeatable=frozenset({"state"}))
     states = set(asked.many("state"))
     if unknown := sorted(states - set(JobState)):
@@ -92,6 +111,7 @@ def job_filters(request: Request, default_limit: int = _LIST_DEFAULT) -> JobFilt
         "user": asked.text("user"),
         "name": asked.text("name"),
         "project": asked.text("project"),
+        "array": asked.integer("array", 0) or None,
         "limit": asked.integer("limit", default_limit, 1, LIST_MAX),
         "before": asked.integer("before", 0) or None,
     }

@@ -28,13 +28,15 @@ class Renderer:
             lstrip_blocks=True,
             auto_reload=False,
         )
-        self._templates.filters |= {
+        filters = cast("dict[str, object]", self._templates.filters)
+        filters |= {
             "size": words.size,
             "mebibytes": words.mebibytes,
             "gibibytes": words.gibibytes,
             "duration": words.duration,
             "clock": words.clock,
             "needs": words.needs,
+            "hour": words.hour,
         }
         everywhere = cast("dict[str, object]", self._templates.globals)  # macros see these and nothing else
         everywhere |= {"version": __version__, "ago": words.ago, "ran_for": words.ran_for}

@@ -17,7 +17,14 @@ from mlbox.web import bodies, multipart, strict_json
 from mlbox.web.bodies import Upload
 from mlbox.web.problems import UnknownMediaType
 
-_REPEATABLE = frozenset({"env"})
+_REPEATABLE = frozenset({"env", "depends_on", "notify", "notify_on"})
+_YIELDS = {
+    "gpus": ("gpu_mem",),
+    "gpu_mem": ("gpus", "launch"),
+    "array": ("matrix", "at_once"),
+    "matrix": ("array", "at_once"),
+}
+"""Fields of a script that give way to another one of the request, with which they cannot stand."""
 _SCRIPT_TYPES = frozenset({"application/octet-stream", "application/x-sh", "application/x-shellscript"})
 _ARCHIVES = ((b"\x1f\x8b", "tar.gz"), (b"PK\x03\x04", "zip"), (b"PK\x05\x06", "zip"))
 """How the two formats begin (RFC 1952, section 2.3.1; APPNOTE.TXT, 4.3.7 and, for an empty archive, 4.3.16)."""
@@ -44,13 +51,33 @@ async def receiving_submit(request: Request, folder: Path, limit: int) -> AsyncG
         async with bodies.receiving(folder, limit) as upload:
             fields = await _multipart(request, upload)
             code_format = _archive(upload) if upload.size else None
-            yield Submit(_together(fields, query), upload.path if code_format else None, code_format)
+            merged = together(fields, query, with_code=code_format is not None)
+            yield Submit(merged, upload.path if code_format else None, code_format)
     else:
         body = await bodies.read_body(request)
         if not body and not query.keys() & {"command", "script"}:
             raise Invalid("the body is empty: send a command, or a script with --data-binary @FILE (does it exist?)")
         fields = await bodies.parsed(partial(_one_body, bodies.media_type_of(request)), body)
-        yield Submit(_together(fields, query))
+        yield Submit(together(fields, query))
+
+
+def together(
+    fields: Mapping[str, object], query: Mapping[str, object], *, with_code: bool = False
+) -> dict[str, object]:
+    """All fields of a submit. A field that is null in the request takes the script's away."""
+    if "code" in query:
+        raise _code_is_a_file()
+    script = query.get("script", fields.get("script"))
+    from_script = directives.read(script) if isinstance(script, str) else {}
+    request = {**fields, **query}
+    for field, value in request.items():
+        for yields in _YIELDS.get(field, ()) if value is not None else ():
+            from_script.pop(yields, None)
+    if with_code:
+        from_script.pop("workdir", None)
+    if request.get("gpus") in (0, "0"):  # the script's way to start on GPUs is of no use without one
+        from_script.pop("launch", None)
+    return {**from_script, **request}
 
 
 def _one_body(kind: str, body: bytes) -> Mapping[str, object]:
@@ -119,14 +146,6 @@ async def _multipart(request: Request, upload: Upload) -> Mapping[str, object]:
         else:
             pairs.append((name, _script(text) if is_file else _text(name, text)))
     return bodies.merged(pairs, _REPEATABLE)
-
-
-def _together(fields: Mapping[str, object], query: Mapping[str, object]) -> dict[str, object]:
-    if "code" in query:
-        raise _code_is_a_file()
-    script = query.get("script", fields.get("script"))
-    from_script = directives.read(script) if isinstance(script, str) else {}
-    return {**from_script, **fields, **query}
 
 
 def _archive(upload: Upload) -> str:

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from markupsafe import Markup
 
 from mlbox.jobs import Job, JobState
-from mlbox.scheduler.service import Pending
+from mlbox.scheduler.service import FewerGpus, Pending
 
 _ESCAPES = re.compile(
     r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\|$)|[ -/]*[0-~])"  # CSI, OSC and other strings, rest
@@ -89,6 +89,21 @@ def clock(then: float | None) -> str:
     return datetime.fromtimestamp(then, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
+def hour(then: float | None) -> str | None:
+    """A time to come as one says it: `14:10`, `Fri 14:10`, `12 Mar 14:10`, in this machine's zone."""
+    if then is None:
+        return None
+    when = datetime.fromtimestamp(then, UTC).astimezone()
+    days = (when.date() - datetime.now(UTC).astimezone().date()).days
+    return f"{when:%H:%M}" if days == 0 else f"{when:%a %H:%M}" if 0 < days < 7 else f"{when:%d %b %H:%M}"
+
+
+def sooner(job: Job, fewer: FewerGpus) -> str:
+    """What asking fewer GPUs would bring."""
+    gpus = f"{fewer.gpus} GPU{'s' * (fewer.gpus != 1)}"
+    return f"With {gpus} instead of {job.spec.gpus} it would start about {hour(fewer.estimated_start)}."
+
+
 def ran_for(job: Job, now: float) -> float | None:
     """Seconds for which the newest attempt has run."""
     if job.started_at is None:
@@ -100,7 +115,9 @@ def needs(job: Job) -> str:
     """What a job asks of the box: `2 GPUs`, `4 CPUs, 20.0 GiB`."""
     spec = job.spec
     parts = [f"{spec.gpus} GPU{'s' * (spec.gpus != 1)}"] if spec.gpus else []
-    if spec.cpus or not spec.gpus:
+    if spec.gpu_mem_mib:
+        parts = [f"{mebibytes(spec.gpu_mem_mib)} of a GPU"]
+    if spec.cpus or not spec.wants_gpu:
         cpus = spec.cpus or 1
         parts.append(f"{cpus} CPU{'s' * (cpus != 1)}")
     if spec.mem_mib:
@@ -108,14 +125,16 @@ def needs(job: Job) -> str:
     return ", ".join(parts)
 
 
-def story(job: Job, pending: Pending | None, gpu_names: Sequence[str], now: float) -> str:
+def story(
+    job: Job, pending: Pending | None, gpu_names: Sequence[str], now: float, fewer: FewerGpus | None = None
+) -> str:
     """One sentence: why it waits, what it does, or how it ended."""
     where = f" on {' and '.join(gpu_names)}" if gpu_names else ""
     if job.state is JobState.QUEUED:
         why = pending.why if pending else "it is about to start"
         again = f"It will be tried again ({job.cause}). " if job.attempt and job.cause else ""
         place = f" It is number {pending.position} in the queue." if pending and pending.position else ""
-        return f"{again}Waiting: {why}.{place}"
+        return f"{again}Waiting: {why}.{place}{f' {sooner(job, fewer)}' if fewer else ''}"
     if job.cancel_requested_at is not None and not job.ended:
         return f"Being cancelled: it was asked to end {ago(job.cancel_requested_at, now)}."
     if job.state is JobState.STARTING:

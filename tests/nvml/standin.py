@@ -19,8 +19,19 @@ NOT_LISTED = None
 
 
 @dataclass(frozen=True, kw_only=True)
+class FakeMigDevice:
+    """A MIG device of a GPU in MIG mode."""
+
+    uuid: str
+    instance: int
+    total: int = 9728
+    used: int = 12
+
+
+@dataclass(frozen=True, kw_only=True)
 class FakeGpu:
-    """One GPU as fake_nvml.c shows it. Memory in MiB, power in mW; None is N/A. Processes are (pid, memory)."""
+    """One GPU as fake_nvml.c shows it. Memory in MiB, power in mW; None is N/A. Processes are (pid, memory), in a MIG
+    device (pid, memory, GPU instance)."""
 
     uuid: str
     name: str = "NVIDIA RTX A6000"
@@ -31,10 +42,20 @@ class FakeGpu:
     power: int | None = 25000
     temperature: int | None = 35
     mig: bool = False
+    mig_devices: Sequence[FakeMigDevice] = ()
+    mig_lists: bool = True
+    """Whether MIG devices list their processes themselves."""
+    cpus: str | None = None
+    numa: int | None = None
+    recovery: int | None = None
+    ecc: int | None = None
+    remap_failed: bool | None = None
+    xids: Sequence[int | tuple[int, int]] | None = ()
+    """Errors so far, maybe with a GPU instance; None: the driver reports none of this GPU."""
     error: int | None = None
     lost: bool = False
     hang_s: int | None = None
-    compute: Sequence[tuple[int, int | None]] | None = ()
+    compute: Sequence[tuple[int, int | None] | tuple[int, int | None, int]] | None = ()
     graphics: Sequence[tuple[int, int | None]] | None = ()
     mps: Sequence[tuple[int, int | None]] | None = ()
     nvlinks: Mapping[int | str, int] = field(default_factory=dict)
@@ -45,18 +66,26 @@ class FakeGpu:
     def lines(self) -> list[str]:
         lines = [f"gpu {self.uuid}", f"name {self.name}", f"memory {_na(self.total)} {_na(self.used)}"]
         lines += [f"{word} {_na(getattr(self, word))}" for word in ("util", "power", "temperature")]
-        optional = {"bus": self.bus, "error": self.error, "hang": self.hang_s}
+        optional = {"bus": self.bus, "error": self.error, "hang": self.hang_s, "cpus": self.cpus, "numa": self.numa}
+        optional |= {"recovery": self.recovery, "ecc": self.ecc}
         lines += [f"{word} {value}" for word, value in optional.items() if value is not None]
-        lines += ["mig 1"] * self.mig + ["lost"] * self.lost
+        lines += ["mig 1"] * self.mig + ["lost"] * self.lost + ["mig_lists 0"] * (not self.mig_lists)
+        lines += [f"mig_device {part.uuid} {part.instance} {part.total} {part.used}" for part in self.mig_devices]
+        lines += [] if self.remap_failed is None else [f"remap_failed {int(self.remap_failed)}"]
+        lines += ["xid n/a"] if self.xids is None else [f"xid {_words(xid)}" for xid in self.xids]
         for word in ("compute", "graphics", "mps"):
             processes = getattr(self, word)
-            lines += [f"{word} n/a"] if processes is None else [f"{word} {pid} {_na(mib)}" for pid, mib in processes]
+            lines += [f"{word} n/a"] if processes is None else [f"{word} {_words(process)}" for process in processes]
         lines += [f"nvlink {other} {count}" for other, count in self.nvlinks.items()]
         return lines + [f"topology {other} {level}" for other, level in self.topology.items()]
 
 
 def _na(value: object) -> str:
     return "n/a" if value is None else str(value)
+
+
+def _words(values: object) -> str:
+    return " ".join(_na(value) for value in (values if isinstance(values, tuple) else (values,)))
 
 
 @cache

@@ -32,6 +32,15 @@ def runs(pid: int) -> bool:
     return process is not None and process.alive
 
 
+def open_files(pid: int) -> set[Path]:
+    """What a process has open; nothing when it is gone."""
+    found: set[Path] = set()
+    for link in Path(f"/proc/{pid}/fd").glob("*"):
+        with suppress(OSError):
+            found.add(link.readlink())
+    return found
+
+
 @dataclass
 class Attempt:
     """One attempt of a job, in a folder of its own; `executor` may be replaced, as by a restart of the daemon."""
@@ -90,13 +99,10 @@ class Attempt:
         return (self.folder / "log").read_bytes()
 
     def shims(self) -> list[int]:
-        """The pids of what runs the shim's code for this attempt, oldest first: a job does so until it execs."""
-        found: list[int] = []
-        for pid in processes.descendants(processes.table(), [os.getpid()]):
-            with suppress(OSError):
-                if str(self.folder).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    found.append(pid)
-        return sorted(found)
+        """The pids of what has this attempt's lock open, oldest first: its shim, and the job until it execs."""
+        lock = self.folder / "lock"
+        found = processes.descendants(processes.table(), [os.getpid()])
+        return sorted(pid for pid in found if lock in open_files(pid))
 
     def wait_prepared(self) -> int:
         """The pid of the process that is to become the job, once it is there."""

@@ -2,8 +2,8 @@
 
 import asyncio
 import contextlib
-import json
 import os
+import sqlite3
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -20,6 +20,8 @@ from mlbox.scheduler.folders import Folders
 from mlbox.scheduler.gpus import GpuInventory, MonitorOptions
 from mlbox.scheduler.launching import Surroundings
 from mlbox.scheduler.loop import Loop
+from mlbox.scheduler.policy import Rules
+from mlbox.scheduler.queue import WaitingQuota
 from mlbox.scheduler.service import JobService
 from mlbox.scheduler.state import SchedulerState
 from tests.nvml.standin import StandIn
@@ -60,14 +62,18 @@ class Box:
         slots: int = 2,
         waiting_max: int = 1000,
         repair_s: float = 60,
+        waiting_quota: WaitingQuota | None = None,
+        rules: Rules | None = None,
     ) -> None:
         self.state_folder = state
         self.folders = Folders(state)
         self.executor = LocalExecutor()
-        self._hardware = hardware
+        self.hardware = hardware
         self._slots = slots
         self._waiting_max = waiting_max
         self._repair_s = repair_s
+        self._rules = rules or Rules()
+        self._waiting_quota = waiting_quota or WaitingQuota()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> "Box":
@@ -80,9 +86,9 @@ class Box:
         """Make the parts; nothing moves yet."""
         self.database = await Database.open(self.state_folder / "mlbox.db")
         self.events = Events()
-        self.scheduled = SchedulerState(slots=self._slots)
+        self.scheduled = SchedulerState(slots=self._slots, rules=self._rules)
         no_driver = {**os.environ, "LD_LIBRARY_PATH": ""}
-        environment = self._hardware.environment() if self._hardware else no_driver
+        environment = self.hardware.environment() if self.hardware else no_driver
         self.gpus = GpuInventory(
             lambda: self.loop.wake(),  # noqa: PLW0108  # the loop is made below
             MonitorOptions(period_s=0.1, retry_s=0.1, environment=environment),
@@ -108,8 +114,9 @@ class Box:
             state=self.scheduled,
             wake=self.loop.wake,
             waiting_max=self._waiting_max,
+            waiting_quota=lambda _user, _project: self._waiting_quota,
         )
-        if self._hardware:
+        if self.hardware:
             self._tasks.append(asyncio.create_task(self.gpus.run(), name="gpus"))
             assert await self.gpus.wait_first(PATIENCE_S)
 
@@ -135,10 +142,15 @@ class Box:
     async def close(self) -> None:
         if self._tasks:
             await self.stop()
-        for launch in self.folders.jobs.glob("*/attempt-*/launch.json"):
-            folder, key = launch.parent, json.loads(launch.read_text())["key"]
+        for folder, key in self._under_way():
             self.executor.stop(folder, kill=True)
             await eventually("nothing of it is left", lambda folder=folder, key=key: self._gone(folder, key))
+
+    def _under_way(self) -> list[tuple[Path, str]]:
+        """Folder and key of each attempt that has no end in the database."""
+        with contextlib.closing(sqlite3.connect(self.state_folder / "mlbox.db")) as database:
+            rows = database.execute("SELECT job_id, attempt, attempt_key FROM attempts WHERE ended_at IS NULL")
+            return [(self.folders.attempt(job_id, attempt), key) for job_id, attempt, key in rows]
 
     def _gone(self, folder: Path, key: str) -> bool:
         alive = self.executor.observe(folder).liveness is Liveness.ALIVE

@@ -15,8 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
-from mlbox.scheduler import gpu_monitor
-from tests.nvml.standin import NOT_LISTED, FakeGpu, StandIn
+from mlbox.scheduler import gpu_owners, gpu_readings
+from mlbox.scheduler.gpu_owners import Processes, Stat, container_of
+from tests.nvml.standin import NOT_LISTED, FakeGpu, FakeMigDevice, StandIn
 
 pytestmark = pytest.mark.slow
 
@@ -28,8 +29,11 @@ PATIENCE_S = 20.0
 class Monitor:
     """A running gpu monitor and its lines."""
 
-    def __init__(self, standin: StandIn, *, period_s: float = 0.05, retry_s: float = 0.2) -> None:
+    def __init__(
+        self, standin: StandIn, *, period_s: float = 0.05, retry_s: float = 0.2, devices: str = "/nonexistent"
+    ) -> None:
         command = [sys.executable, "-m", "mlbox.scheduler.gpu_monitor", f"--period={period_s}", f"--retry={retry_s}"]
+        command += ["--scan=0.05", f"--devices={devices}"]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=standin.environment(), bufsize=0, cwd=ROOT
         )
@@ -65,6 +69,10 @@ class Monitor:
         now = time.monotonic()
         return self.until(lambda line: line["line"] == "sample" and line["taken"] > now)
 
+    def say(self, line: str) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(f"{line}\n".encode())
+
     def ended(self) -> int:
         return self.process.wait(PATIENCE_S)
 
@@ -85,7 +93,7 @@ def standin(tmp_path: Path) -> StandIn:
 def start(standin: StandIn) -> Iterator[Callable[..., Monitor]]:
     monitors: list[Monitor] = []
 
-    def start(of: StandIn = standin, **options: float) -> Monitor:
+    def start(of: StandIn = standin, **options: Any) -> Monitor:
         monitors.append(Monitor(of, **options))
         return monitors[-1]
 
@@ -156,6 +164,7 @@ def test_a_sample_shows_what_nvml_says_of_each_gpu(tmp_path, start, old):
         "name": "NVIDIA H200",
         "bus_id": "00000000:17:00.0",
         "minor": 0,
+        "parent": None,
         "links": [{"uuid": "GPU-b", "level": "SYS", "nvlinks": 0}],
         "memory_mib": 143771,
         "used_mib": 642,
@@ -165,7 +174,14 @@ def test_a_sample_shows_what_nvml_says_of_each_gpu(tmp_path, start, old):
         "temperature_c": 61,
         "mig": False,
         "processes": [],
+        "cpus": [],
+        "numa_node": None,
+        "recovery_action": None,
+        "ecc_uncorrected": None,
+        "remap_failed": None,
+        "xids": [],
         "error": None,
+        "error_code": None,
     }
     assert (second["index"], second["bus_id"], second["minor"]) == (1, "00000000:C1:00.0", 1)
     assert [(p["pid"], p["kind"], p["memory_mib"]) for p in second["processes"]] == [(pid, "C+G", 12), (1, "G", 1)]
@@ -202,8 +218,11 @@ def test_a_foreign_process_is_shown_with_user_command_and_start(standin, start, 
         "pid": process.pid,
         "kind": "C",
         "memory_mib": 642,
+        "uid": os.getuid(),
         "user": ME,
         "command": "sleep 300",
+        "start_ticks": Stat.of(process.pid).start,
+        "container": None,
         "attempt_key": None,
     }
 
@@ -281,7 +300,7 @@ def test_a_name_service_that_hangs_leaves_the_uid_and_does_not_hold_up_the_sampl
 
     monkeypatch.setattr(pwd, "getpwuid", slow)
     process = spawn(MLBOX_ATTEMPT_KEY="k12")
-    processes = gpu_monitor._Processes()
+    processes = Processes()
     rows = [{"processes": [{"pid": process.pid}]}]
     began = time.monotonic()
     processes.describe(rows)
@@ -362,7 +381,7 @@ def test_a_gpu_that_was_lost_at_the_start_is_counted_and_comes_back(standin, sta
     monitor = start()
     sample = monitor.sample()
     assert [gpu["uuid"] for gpu in sample["gpus"]] == ["GPU-a"]
-    assert sample["lost"] == [{"index": 1, "error": "GPU is lost (NVML error 15)"}]
+    assert sample["lost"] == [{"index": 1, "error": "GPU is lost (NVML error 15)", "error_code": 15}]
     standin.show(FakeGpu(uuid="GPU-a"), FakeGpu(uuid="GPU-b"))
     back = monitor.until(lambda line: line["line"] == "sample" and not line["lost"])
     assert [gpu["uuid"] for gpu in back["gpus"]] == ["GPU-a", "GPU-b"]
@@ -378,9 +397,262 @@ def test_a_gpu_more_or_less_is_noticed(standin, start):
     monitor.until(lambda line: line["line"] == "sample" and [gpu["uuid"] for gpu in line["gpus"]] == ["GPU-b", "GPU-c"])
 
 
-def test_mig_mode_is_reported(standin, start):
-    standin.show(FakeGpu(uuid="GPU-a", mig=True, util=None), FakeGpu(uuid="GPU-b"))
-    assert [gpu["mig"] for gpu in start().sample()["gpus"]] == [True, False]
+PARTS = (FakeMigDevice(uuid="MIG-x", instance=7, used=642), FakeMigDevice(uuid="MIG-y", instance=9))
+
+
+@pytest.mark.parametrize("lists", [True, False], ids=["own lists", "only the GPU lists"])
+def test_mig_devices_are_gpus_of_their_own(standin, start, lists):
+    split = FakeGpu(
+        uuid="GPU-b",
+        mig=True,
+        util=None,
+        mig_devices=PARTS,
+        mig_lists=lists,
+        compute=[(os.getpid(), 642, 7), (1, None, 9)],
+    )
+    standin.show(FakeGpu(uuid="GPU-a"), split, FakeGpu(uuid="GPU-c", mig=True))
+    whole, parent, first, second, empty = start().sample()["gpus"]
+    assert [gpu["parent"] for gpu in (whole, parent, empty)] == [None] * 3
+    assert [(gpu["mig"], gpu["mig_devices"]) for gpu in (parent, empty)] == [(True, 2), (True, 0)]
+    assert (whole["mig"], first["mig"]) == (False, False)
+    assert (first["uuid"], first["index"], first["parent"], first["name"]) == (
+        "MIG-x",
+        200,
+        "GPU-b",
+        "NVIDIA RTX A6000 MIG 1g.10gb",
+    )
+    assert (first["memory_mib"], first["used_mib"], first["utilization"]) == (9728, 642, None)
+    assert (first["minor"], first["bus_id"], first["links"]) == (1, parent["bus_id"], [])
+    assert [(process["pid"], process["memory_mib"]) for process in first["processes"]] == [(os.getpid(), 642)]
+    assert first["processes"][0]["user"] == ME
+    assert (second["uuid"], second["index"]) == ("MIG-y", 201)
+    assert [(process["pid"], process["memory_mib"]) for process in second["processes"]] == [(1, None)]
+
+
+def test_mig_devices_come_and_go_between_samples(standin, start):
+    standin.show(FakeGpu(uuid="GPU-a", mig=True))
+    monitor = start(retry_s=60)
+    assert [gpu["uuid"] for gpu in monitor.sample()["gpus"]] == ["GPU-a"]
+    standin.show(FakeGpu(uuid="GPU-a", mig=True, mig_devices=PARTS))
+    assert [gpu["uuid"] for gpu in monitor.fresh_sample()["gpus"]] == ["GPU-a", "MIG-x", "MIG-y"]
+    standin.show(FakeGpu(uuid="GPU-a"))
+    assert [gpu["uuid"] for gpu in monitor.fresh_sample()["gpus"]] == ["GPU-a"]
+
+
+def test_the_cpus_near_a_gpu_are_told_and_its_mig_devices_have_the_same(standin, start):
+    standin.show(
+        FakeGpu(uuid="GPU-a", bus="0000ABCD:17:00.0", cpus="0-2,9", numa=1, mig=True, mig_devices=PARTS[:1]),
+        FakeGpu(uuid="GPU-b"),
+    )
+    first, part, second = start().sample()["gpus"]
+    assert (first["cpus"], first["numa_node"]) == ([0, 1, 2, 9], 1)
+    assert (part["cpus"], part["numa_node"]) == ([0, 1, 2, 9], 1)
+    assert second["cpus"] == []
+
+
+def test_the_numa_node_is_the_kernels_where_it_tells_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_readings, "_PCI", tmp_path)
+    device = type("Device", (), {"bus_id": "00000000:C1:00.0", "handle": None})()
+    nvml = type("Nvml", (), {"NVMLError": OSError})()
+    node = tmp_path / "0000:c1:00.0" / "numa_node"
+    node.parent.mkdir()
+    for text, expected in (("3\n", 3), ("-1\n", None)):
+        node.write_text(text)
+        assert gpu_readings._numa_node(nvml, device) == expected
+
+
+def test_the_drivers_word_on_a_gpus_health_is_passed_on_even_when_all_else_fails(standin, start):
+    standin.show(FakeGpu(uuid="GPU-a", recovery=0, ecc=0, remap_failed=False), FakeGpu(uuid="GPU-b"))
+    names = ("recovery_action", "ecc_uncorrected", "remap_failed")
+    monitor = start()
+    first, second = monitor.sample()["gpus"]
+    assert [first[name] for name in names] == [0, 0, False]
+    assert [second[name] for name in names] == [None, None, None]
+    standin.show(FakeGpu(uuid="GPU-a", recovery=1, ecc=2, remap_failed=True, xids=[48]), FakeGpu(uuid="GPU-b"))
+    told = monitor.until(lambda line: line["gpus"][0]["xids"])["gpus"][0]
+    assert [told[name] for name in names] == [1, 2, True]
+
+
+def xids(line: dict[str, Any]) -> list[list[int]]:
+    return [[xid["xid"] for xid in gpu["xids"]] for gpu in line["gpus"]]
+
+
+def test_an_xid_is_told_once_and_at_once(standin, start):
+    standin.show(FakeGpu(uuid="GPU-a", xids=[13]), FakeGpu(uuid="GPU-b", xids=None), FakeGpu(uuid="GPU-c"))
+    monitor = start(period_s=3600)
+    assert xids(monitor.sample()) == [[], [], []], "one from before is not known to this driver's events"
+    before = time.time()
+    standin.show(FakeGpu(uuid="GPU-a", xids=[13]), FakeGpu(uuid="GPU-b", xids=None), FakeGpu(uuid="GPU-c", xids=[79]))
+    sample = monitor.sample()
+    assert xids(sample) == [[], [], [79]]
+    assert before < sample["gpus"][2]["xids"][0]["at"] < time.time()
+    monitor.say("")
+    assert xids(monitor.sample()) == [[], [], []]
+
+
+def test_an_xid_is_told_even_when_nvml_has_to_be_initialised_anew_first(standin, start):
+    standin.show(FakeGpu(uuid="GPU-a"), FakeGpu(uuid="GPU-b"))
+    monitor = start(period_s=3600)
+    monitor.sample()
+    standin.show(FakeGpu(uuid="GPU-a", xids=[79]))
+    assert monitor.line()["message"].endswith("1 GPU")
+    assert xids(monitor.sample()) == [[79]]
+
+
+def test_a_flood_of_xids_is_counted_and_brings_few_samples(standin, start):
+    standin.show(FakeGpu(uuid="GPU-a"))
+    monitor = start(period_s=3600)
+    monitor.sample()
+    began = time.monotonic()
+    counted = samples = 0
+    standin.show(FakeGpu(uuid="GPU-a", xids=[79] + [45] * 30))
+    while counted < 31:
+        counted += sum(xid["count"] for xid in monitor.sample()["gpus"][0]["xids"])
+        samples += 1
+    assert samples <= 2 + time.monotonic() - began
+
+
+def test_an_xid_of_a_mig_device_is_no_other_ones(standin, start):
+    standin.show(FakeGpu(uuid="GPU-a", mig=True, mig_devices=PARTS))
+    monitor = start(period_s=3600)
+    monitor.sample()
+    standin.show(FakeGpu(uuid="GPU-a", mig=True, mig_devices=PARTS, xids=[(95, 9)]))
+    assert xids(monitor.sample()) == [[95], [], [95]]
+    standin.show(FakeGpu(uuid="GPU-a", mig=True, mig_devices=PARTS, xids=[(95, 9), 79]))
+    assert xids(monitor.sample()) == [[79], [79], [79]]
+
+
+def test_xids_are_told_after_nvml_was_initialised_anew(standin, start):
+    standin.show(FakeGpu(uuid="GPU-a"))
+    monitor = start()
+    monitor.sample()
+    standin.show(FakeGpu(uuid="GPU-a"), FakeGpu(uuid="GPU-b"))
+    monitor.until(lambda line: line["line"] == "sample" and len(line["gpus"]) == 2)
+    standin.show(FakeGpu(uuid="GPU-a"), FakeGpu(uuid="GPU-b", xids=[79]))
+    monitor.until(lambda line: line["line"] == "sample" and xids(line) == [[], [79]])
+
+
+@pytest.fixture
+def devices(tmp_path: Path) -> str:
+    """What device files begin with: ordinary files here, `nvidia0` to `nvidia2`, for a test has no GPU to open."""
+    for minor in range(3):
+        (tmp_path / f"nvidia{minor}").touch()
+    (tmp_path / "nvidiactl").touch()
+    return str(tmp_path / "nvidia")
+
+
+def kinds(line: dict[str, Any], index: int = 0) -> dict[int, str]:
+    return {process["pid"]: process["kind"] for process in line["gpus"][index]["processes"]}
+
+
+def test_who_only_has_the_device_file_open_is_shown_until_it_closes_it(standin, start, spawn, devices):
+    holder = spawn("sh", "-c", f"exec 7<{devices}1 8<{devices}ctl; sleep 300", MLBOX_ATTEMPT_KEY="k12")
+    listed = spawn("sh", "-c", f"exec 7<{devices}1; exec sleep 300")
+    standin.show(FakeGpu(uuid="GPU-a"), FakeGpu(uuid="GPU-b", compute=[(listed.pid, 642)]))
+    monitor = start(devices=devices)
+    child = child_of(holder)
+    wanted = {holder.pid: "F", child.pid: "F", listed.pid: "C"}
+    sample = monitor.until(lambda line: line["line"] == "sample" and kinds(line, 1) == wanted)
+    assert kinds(sample) == {}
+    shown = next(process for process in sample["gpus"][1]["processes"] if process["pid"] == child.pid)
+    assert (shown["memory_mib"], shown["user"], shown["command"], shown["attempt_key"]) == (
+        None,
+        ME,
+        "sleep 300",
+        "k12",
+    )
+    os.killpg(holder.pid, 9)
+    holder.wait()
+    monitor.until(lambda line: line["line"] == "sample" and kinds(line, 1) == {listed.pid: "C"})
+
+
+def test_a_gpu_whose_processes_nobody_can_list_has_no_holders_either(standin, start, spawn, devices):
+    spawn("sh", "-c", f"exec 7<{devices}0 8<{devices}1; exec sleep 300")
+    standin.show(FakeGpu(uuid="GPU-a", compute=NOT_LISTED), FakeGpu(uuid="GPU-b"))
+    monitor = start(devices=devices)
+    sample = monitor.until(lambda line: line["line"] == "sample" and bool(kinds(line, 1)))
+    assert sample["gpus"][0]["processes"] is None
+
+
+ID = "1a2b3c4d5e6f" + "0" * 52
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "container"),
+    [
+        ("0::/user.slice/user-1000.slice/session-3.scope", None),
+        (f"0::/system.slice/docker-{ID}.scope", "docker 1a2b3c4d5e6f"),
+        (f"12:pids:/docker/{ID}\n0::/", "docker 1a2b3c4d5e6f"),
+        (
+            f"0::/user.slice/user-1000.slice/user@1000.service/user.slice/libpod-{ID}.scope/container",
+            "podman 1a2b3c4d5e6f",
+        ),
+        (f"0::/kubepods.slice/kubepods-pod1.slice/cri-containerd-{ID}.scope", "containerd 1a2b3c4d5e6f"),
+        (f"0::/kubepods.slice/kubepods-pod1.slice/crio-{ID}.scope", "cri-o 1a2b3c4d5e6f"),
+        (f"0::/kubepods/burstable/pod1/{ID}", "kubernetes 1a2b3c4d5e6f"),
+        ("0::/lxc.payload.web/system.slice", "lxc web"),
+        ("0::/lxc/web", "lxc web"),
+        ("0::/machine.slice/systemd-nspawn@lab.service/payload", "nspawn lab"),
+    ],
+)
+def test_a_container_is_known_by_its_cgroup(cgroup, container):
+    assert container_of(cgroup) == container
+
+
+def test_a_docker_container_is_called_by_its_name_where_docker_keeps_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_owners, "_DOCKER_CONFIG", str(tmp_path / "{}.json"))
+    config = tmp_path / f"{ID}.json"
+    for text in ("{", "[]", '{"Name": 7}'):
+        config.write_text(text)
+        assert container_of(f"/docker/{ID}") == "docker 1a2b3c4d5e6f"
+    config.write_text('{"Name": "/train-bob"}')
+    assert container_of(f"/docker/{ID}") == "docker train-bob"
+
+
+def ticks_of(pid: int) -> int:
+    stat = Stat.of(pid)
+    assert stat
+    return stat.start
+
+
+def key_of(line: dict[str, Any]) -> str | None:
+    return line["gpus"][0]["processes"][0]["attempt_key"]
+
+
+def test_an_adopted_process_and_what_descends_from_it_belong_to_the_attempt_until_it_is_forgotten(
+    standin, start, spawn
+):
+    parent = spawn("sh", "-c", "sleep 300; true", MLBOX_ATTEMPT_KEY="k3")
+    child = child_of(parent)
+    standin.show(FakeGpu(uuid="GPU-a", compute=[(child.pid, 1)]))
+    monitor = start(period_s=3600)
+    assert key_of(monitor.sample()) == "k3"
+    monitor.say(f"adopt {parent.pid} {ticks_of(parent.pid)} k12")
+    assert key_of(monitor.sample()) == "k12"
+    os.kill(parent.pid, 9)
+    parent.wait()
+    monitor.say("adopt 1 1 k13")
+    assert key_of(monitor.sample()) == "k12", "its parent is gone, and it is still the same process"
+    monitor.say("forget k12")
+    assert key_of(monitor.sample()) == "k3"
+
+
+def test_another_process_of_an_adopted_pid_is_not_adopted(standin, start, spawn):
+    process = spawn()
+    standin.show(FakeGpu(uuid="GPU-a", compute=[(process.pid, 1)]))
+    monitor = start(period_s=3600)
+    monitor.sample()
+    monitor.say(f"adopt {process.pid} {ticks_of(process.pid) - 1} k12")
+    assert key_of(monitor.sample()) is None
+
+
+@pytest.mark.parametrize("line", ["adopt", "adopt x 1 k", "adopt 1 -1 k", "forget", "what", "\0 \xff"])
+def test_a_line_that_makes_no_sense_only_brings_a_sample(standin, start, line):
+    standin.show(FakeGpu(uuid="GPU-a"))
+    monitor = start(period_s=3600)
+    monitor.sample()
+    monitor.say(line)
+    monitor.sample()
 
 
 def test_links_count_bridges_and_switches_and_name_the_way_through_the_box(standin, start):

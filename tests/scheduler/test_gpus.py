@@ -1,4 +1,4 @@
-"""The inventory over a real gpu monitor, and the decision of what a GPU is to its users."""
+"""The inventory over a real gpu monitor."""
 
 import asyncio
 import contextlib
@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from mlbox.scheduler import gpus
+from mlbox.scheduler.gpu_faults import judge
 from mlbox.scheduler.gpus import (
     Gpu,
     GpuInventory,
@@ -26,132 +27,19 @@ from mlbox.scheduler.gpus import (
     Inventory,
     MonitorOptions,
     Nvml,
+    Viewpoint,
+    Xid,
+    leftovers,
     state_of,
 )
-from tests.nvml.standin import NOT_LISTED, FakeGpu, StandIn
+from tests.nvml.standin import NOT_LISTED, FakeGpu, FakeMigDevice, StandIn
 
 ROOT = Path(__file__).parents[2]
 ME = pwd.getpwuid(os.getuid()).pw_name
 PATIENCE_S = 20.0
 PERIOD_S = 0.05
 
-# What a GPU is to its users
-
-IDLE = Gpu(uuid="GPU-c", index=2, name="NVIDIA H200", bus_id="00000000:17:00.0", memory_mib=143771, processes=())
-BOBS = GpuProcess(pid=4711, kind="C", memory_mib=642, user="bob", command="python train.py")
-JOB_12S = GpuProcess(pid=12, kind="C", memory_mib=900, user="alice", command="python3 a.py", attempt_key="k12")
-XORG = GpuProcess(pid=99, kind="G", memory_mib=120, user="root", command="Xorg :0")
 JOB_12 = {"k12": "job 12"}
-
-
-def with_processes(*processes: GpuProcess) -> Gpu:
-    return replace(IDLE, processes=processes)
-
-
-def test_an_idle_gpu_is_free():
-    status = state_of(IDLE, {}, None, JOB_12)
-    assert (status.state, status.why, status.message) == (GpuState.FREE, None, "GPU 2: free")
-
-
-def test_a_process_from_outside_makes_a_gpu_foreign_and_is_named():
-    status = state_of(with_processes(BOBS), {}, None, JOB_12)
-    assert status.state is GpuState.FOREIGN
-    assert status.why == "bob's python (pid 4711) holds 642 MiB"
-    assert status.message == "GPU 2: bob's python (pid 4711) holds 642 MiB"
-
-
-def test_a_desktop_blocks_nothing():
-    assert state_of(with_processes(XORG), {}, None, {}).state is GpuState.FREE
-
-
-def test_what_draws_and_computes_blocks():
-    assert state_of(with_processes(replace(XORG, kind="C+G")), {}, None, {}).state is GpuState.FOREIGN
-
-
-@pytest.mark.parametrize(
-    ("processes", "why"),
-    [
-        ((replace(BOBS, memory_mib=None),), "bob's python (pid 4711) holds memory, NVML does not say how much"),
-        ((replace(BOBS, user=None, command=None),), "somebody's process (pid 4711) holds 642 MiB"),
-        ((BOBS, replace(BOBS, pid=5, memory_mib=700)), "bob's python (pid 5) holds 700 MiB (and 1 more process)"),
-        (
-            (BOBS, replace(BOBS, pid=5, memory_mib=None), replace(BOBS, pid=6)),
-            "bob's python (pid 5) holds memory, NVML does not say how much (and 2 more processes)",
-        ),
-        ((XORG, BOBS), "bob's python (pid 4711) holds 642 MiB"),
-        ((replace(BOBS, command=" "),), "bob's process (pid 4711) holds 642 MiB"),
-    ],
-)
-def test_the_holder_of_most_memory_is_named_and_unknown_memory_is_not_little(processes, why):
-    status = state_of(with_processes(*processes), {}, None, {})
-    assert (status.state, status.why) == (GpuState.FOREIGN, why)
-
-
-def test_a_job_on_a_gpu_that_it_was_not_given_is_foreign_there():
-    status = state_of(with_processes(JOB_12S), {}, None, JOB_12)
-    assert (status.state, status.why) == (GpuState.FOREIGN, "job 12's python3 (pid 12) holds 900 MiB")
-
-
-def test_leftovers_of_a_job_whose_lease_is_gone_are_foreign():
-    status = state_of(with_processes(JOB_12S), {}, None, {})
-    assert (status.state, status.why) == (GpuState.FOREIGN, "alice's python3 (pid 12) holds 900 MiB")
-
-
-def test_a_gpu_with_its_job_is_leased():
-    status = state_of(with_processes(JOB_12S, XORG), JOB_12, None, JOB_12)
-    assert (status.state, status.why) == (GpuState.LEASED, "leased by job 12")
-
-
-def test_a_gpu_is_leased_before_its_job_shows_up_on_it():
-    assert state_of(IDLE, JOB_12, None, JOB_12).state is GpuState.LEASED
-
-
-def test_a_stranger_beside_a_job_is_named():
-    status = state_of(with_processes(JOB_12S, BOBS), JOB_12, None, JOB_12)
-    assert status.state is GpuState.LEASED
-    assert status.why == "leased by job 12; beside it bob's python (pid 4711) holds 642 MiB"
-
-
-def test_a_gpu_drains_while_processes_of_an_ended_attempt_are_on_it():
-    status = state_of(with_processes(BOBS, JOB_12S), JOB_12, None, {})
-    assert status.state is GpuState.DRAINING
-    assert status.why == "job 12 has ended, but its python3 (pid 12) holds 900 MiB"
-
-
-def test_a_gpu_drains_until_the_lease_of_an_ended_attempt_is_released():
-    status = state_of(IDLE, JOB_12, None, {})
-    assert status.state is GpuState.DRAINING
-    assert status.why == "job 12 has ended; the GPU is about to be given back"
-
-
-def test_one_ended_attempt_of_two_on_a_shared_gpu_makes_it_drain():
-    status = state_of(with_processes(JOB_12S), {"k11": "job 11", **JOB_12}, None, {"k11": "job 11"})
-    assert status.state is GpuState.DRAINING
-
-
-def test_a_drained_gpu_says_who_drained_it_and_lets_its_job_end():
-    assert state_of(IDLE, {}, "drained by carol", {}).message == "GPU 2: drained by carol"
-    assert state_of(with_processes(BOBS), {}, "drained by carol", {}).state is GpuState.DRAINED
-    status = state_of(with_processes(JOB_12S), JOB_12, "drained by carol", JOB_12)
-    assert (status.state, status.why) == (GpuState.DRAINING, "drained by carol; job 12 still runs on it")
-
-
-@pytest.mark.parametrize(
-    ("gpu", "why"),
-    [
-        (replace(IDLE, error="GPU is lost (NVML error 15)"), "GPU is lost (NVML error 15)"),
-        (replace(IDLE, mig=True), "it is in MIG mode, and mlbox gives whole GPUs only: switch MIG off to use it"),
-        (replace(IDLE, processes=None), "NVML does not list its processes, so nobody knows whether it is in use"),
-    ],
-)
-@pytest.mark.parametrize("leases", [{}, JOB_12], ids=["not leased", "leased"])
-@pytest.mark.parametrize("drained", [None, "drained by carol"])
-def test_a_gpu_about_which_nobody_can_tell_is_unknown_whoever_holds_it(gpu, why, leases, drained):
-    status = state_of(gpu, leases, drained, JOB_12)
-    assert (status.state, status.why) == (GpuState.UNKNOWN, why)
-
-
-# The inventory
 
 
 class Box:
@@ -227,6 +115,37 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
     yield process
     process.kill()
     process.wait()
+
+
+@pytest.fixture
+def spawned() -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+    """Starts processes of no attempt."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def spawned() -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen(["sleep", "300"], env={"PATH": os.environ["PATH"]}))
+        return started[-1]
+
+    yield spawned
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def ticks_of(process: subprocess.Popen[bytes]) -> int:
+    """When it started, in clock ticks since boot: the 22nd field of proc_pid_stat(5)."""
+    return int(Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19])
+
+
+def key_on(box: Box) -> str | None:
+    """Whose the only process on the only GPU is."""
+    processes = box.gpus[0].processes
+    return processes[0].attempt_key if processes else None
+
+
+def show(box: Box, *shown: Gpu, age_s: float = 0.0) -> None:
+    """Give the inventory a sample of that age, as its monitor would."""
+    box.inventory._take(gpus._Sample(next_s=2.0, taken=time.monotonic() - age_s, gpus=shown, lost=()))
 
 
 def monitors(of: int | None = None) -> list[psutil.Process]:
@@ -319,7 +238,9 @@ async def test_a_process_from_outside_keeps_its_gpu_from_being_free_until_it_end
     await box.until(lambda box: bool(box.gpus[0].processes))
     status = state_of(box.gpus[0], {}, None, {})
     assert status.state is GpuState.FOREIGN
-    assert status.message == (f"GPU 0: {ME}'s sleep (pid {sleeper.pid}) holds memory, NVML does not say how much")
+    assert status.message.startswith(
+        f"GPU 0: {ME}'s sleep (pid {sleeper.pid}) holds memory, NVML does not say how much, idle since "
+    )
     standin.show(FakeGpu(uuid="GPU-a"))
     await box.until(lambda box: not box.gpus[0].processes)
     assert state_of(box.gpus[0], {}, None, {}).state is GpuState.FREE
@@ -349,6 +270,146 @@ async def test_a_gpu_is_clean_only_by_a_sample_begun_afterwards_that_shows_none_
     box.inventory.refresh()
     await box.until(lambda _: box.inventory.clean("GPU-a", "k12", after=ended))
     assert not box.inventory.clean("GPU-b", "k12", after=ended)
+
+
+async def test_a_process_that_only_has_the_device_file_open_does_not_keep_a_gpu_from_being_clean(standin):
+    box = Box(standin)
+    holder = GpuProcess(pid=7, kind="F", attempt_key="k12")
+    show(box, Gpu(uuid="GPU-a", index=0, name="x", bus_id="y", processes=(holder,)))
+    assert box.inventory.clean("GPU-a", "k12", after=0)
+
+
+async def test_a_mig_device_that_is_no_more_is_forgotten_and_clean_unless_a_gpu_fails(standin, running):
+    part = FakeMigDevice(uuid="MIG-x", instance=7)
+    standin.show(FakeGpu(uuid="GPU-a", mig=True, mig_devices=[part]))
+    box = running(standin)
+    await box.until(all_known)
+    assert [gpu.label for gpu in box.gpus] == ["0", "0:0"]
+    assert box.gpus[1].parent == "GPU-a"
+    standin.show(FakeGpu(uuid="GPU-a", error=15))
+    await box.until(all_unknown)
+    assert [gpu.uuid for gpu in box.gpus] == ["GPU-a", "MIG-x"]
+    assert not box.inventory.clean("MIG-x", "k12", after=0)
+    standin.show(FakeGpu(uuid="GPU-a"))
+    await box.until(lambda box: [gpu.uuid for gpu in box.gpus] == ["GPU-a"])
+    assert box.inventory.clean("MIG-x", "k12", after=0)
+    standin.show(FakeGpu(uuid="GPU-a", error=15))
+    await box.until(all_unknown)
+    assert not box.inventory.clean("MIG-x", "k12", after=0)
+
+
+async def test_a_gpu_is_idle_since_it_was_first_seen_held_and_unused(standin, running, sleeper):
+    held = FakeGpu(uuid="GPU-a", util=0, compute=[(sleeper.pid, 642)])
+    standin.show(replace(held, util=5))
+    box = running(standin)
+    await box.until(all_known)
+    assert (box.gpus[0].unused_since, box.gpus[0].idle_since) == (None, None)
+    before = time.time()
+    standin.show(held)
+    await box.until(lambda box: box.gpus[0].idle_since is not None)
+    since = box.gpus[0].idle_since
+    assert before < since < time.time()
+    hints = box.hints
+    await box.samples(3)
+    assert (box.gpus[0].idle_since, box.hints) == (since, hints)
+    status = state_of(box.gpus[0], {}, None, {}, Viewpoint(now=time.time()))
+    assert f"holds 642 MiB, idle since {time.strftime('%H:%M', time.gmtime(since))}" in status.message
+    standin.show(FakeGpu(uuid="GPU-a"))
+    await box.until(lambda box: box.gpus[0].idle_since is None)
+    assert box.gpus[0].unused_since == since
+    standin.show(replace(held, util=None))
+    await box.until(lambda box: box.gpus[0].utilization is None)
+    assert (box.gpus[0].unused_since, box.gpus[0].idle_since) == (None, None)
+
+
+async def test_idleness_outlives_a_monitor_but_no_long_silence(standin):
+    box = Box(standin, silence_s=1000)
+    gpu = Gpu(uuid="GPU-a", index=0, name="x", bus_id="y", utilization=0, processes=())
+    show(box, gpu, age_s=300)
+    since = box.gpus[0].unused_since
+    show(box, gpu, age_s=250)
+    assert box.gpus[0].unused_since == since
+    show(box, gpu, age_s=180)
+    assert box.gpus[0].unused_since == pytest.approx(since + 120, abs=5)
+
+
+async def test_nobody_is_idle_for_longer_than_it_has_existed(standin):
+    box = Box(standin, silence_s=1000)
+    began = time.time() - 10
+    process = GpuProcess(pid=7, kind="C", started_at=began)
+    gpu = Gpu(uuid="GPU-a", index=0, name="x", bus_id="y", utilization=0, processes=(process,))
+    show(box, gpu, age_s=60)
+    show(box, replace(gpu, processes=(replace(process, started_at=None),)), age_s=30)
+    assert box.gpus[0].idle_since == pytest.approx(time.time() - 60, abs=5)
+    show(box, gpu, age_s=1)
+    assert box.gpus[0].idle_since == began
+
+
+async def test_an_adoption_lasts_until_it_is_forgotten_whatever_becomes_of_the_monitor(standin, running, spawned):
+    process = spawned()
+    ticks = ticks_of(process)
+    standin.show(FakeGpu(uuid="GPU-a", compute=[(process.pid, 642)]))
+    box = running(standin)
+    await box.until(all_known)
+    assert key_on(box) is None
+    box.inventory.adopt(process.pid, ticks, "k12")
+    await box.until(lambda _: key_on(box) == "k12")
+    assert leftovers(box.gpus[0], "k12")[0].start_ticks == ticks
+    monitors()[0].kill()
+    await box.until(all_unknown)
+    await box.until(all_known)
+    await box.until(lambda _: key_on(box) == "k12")
+    box.inventory.forget("k12")
+    box.inventory.forget("k99")
+    await box.until(lambda _: key_on(box) is None)
+
+
+async def test_an_adoption_is_taken_before_a_monitor_runs(standin, running, spawned):
+    process = spawned()
+    ticks = ticks_of(process)
+    standin.show(FakeGpu(uuid="GPU-a", compute=[(process.pid, 642)]))
+    box = running(standin)
+    box.inventory.adopt(process.pid, ticks, "k12")
+    await box.until(all_known)
+    await box.until(lambda _: key_on(box) == "k12")
+
+
+async def test_a_stopped_monitor_never_blocks_the_daemon_that_talks_to_it(standin, running):
+    standin.show(FakeGpu(uuid="GPU-a"))
+    box = running(standin, silence_s=30)
+    await box.until(all_known)
+    (monitor,) = monitors()
+    monitor.suspend()
+    for pid in range(10_000):
+        box.inventory.adopt(pid, pid, f"k{pid}")
+    monitor.resume()
+
+
+async def test_xids_stay_with_a_gpu_that_is_lost_after_them(standin, running):
+    standin.show(FakeGpu(uuid="GPU-a"))
+    box = running(standin)
+    await box.until(all_known)
+    standin.show(FakeGpu(uuid="GPU-a", xids=[79]))
+    await box.until(lambda box: bool(box.gpus[0].xids))
+    standin.show(FakeGpu(uuid="GPU-a", xids=[79], error=15))
+    await box.until(all_unknown)
+    (xid,) = box.gpus[0].xids
+    assert (xid.xid, box.gpus[0].error_code) == (79, 15)
+    verdict = judge(box.gpus[0])
+    assert verdict is not None
+    assert verdict.drain
+    assert judge(replace(box.gpus[0], error_code=None), since=xid.at + 1) is None
+
+
+async def test_old_xids_and_all_but_the_newest_are_forgotten(standin):
+    box = Box(standin)
+    gpu = Gpu(uuid="GPU-a", index=0, name="x", bus_id="y", processes=())
+    now = time.time()
+    show(box, replace(gpu, xids=(Xid(xid=48, at=now - 90_000), Xid(xid=13, at=now - 9, count=2))))
+    show(box, replace(gpu, xids=(Xid(xid=45, at=now), Xid(xid=13, at=now))))
+    assert box.gpus[0].xids == (Xid(xid=13, at=now, count=3), Xid(xid=45, at=now))
+    show(box, replace(gpu, xids=tuple(Xid(xid=number, at=now) for number in range(100, 140))))
+    assert [xid.xid for xid in box.gpus[0].xids] == list(range(108, 140))
 
 
 async def test_a_refresh_is_answered_by_a_hint_even_when_nothing_changed(standin, running):
@@ -441,7 +502,7 @@ async def test_mig_mode_and_missing_process_lists_never_make_a_gpu_free(standin,
     standin.show(FakeGpu(uuid="GPU-a", mig=True), FakeGpu(uuid="GPU-b", compute=NOT_LISTED))
     box = running(standin)
     await box.until(all_known)
-    assert [state_of(gpu, {}, None, {}).state for gpu in box.gpus] == [GpuState.UNKNOWN, GpuState.UNKNOWN]
+    assert [state_of(gpu, {}, None, {}).state for gpu in box.gpus] == [GpuState.DRAINED, GpuState.UNKNOWN]
 
 
 async def test_a_killed_monitor_makes_all_gpus_unknown_until_another_one_is_there(standin, running):

@@ -466,7 +466,8 @@ async def test_a_gpu_is_given_on_only_when_a_later_sample_shows_it_clean(
         if restarted:
             await gpu_box.restart()
         await asyncio.sleep(0.3)
-        assert gpu_states(gpu_box)[0] is GpuState.DRAINING
+        # What it left was killed. A monitor that has just begun cannot tell whose a dead process was; it blocks alike.
+        assert gpu_states(gpu_box)[0] in ((GpuState.DRAINING, GpuState.FOREIGN) if restarted else (GpuState.DRAINING,))
         assert (await gpu_box.job(following.id)).state is JobState.QUEUED
         show(hardware)
         assert (await gpu_box.ended(following.id)).state is JobState.SUCCEEDED

@@ -1,160 +1,155 @@
-"""Who starts, on which GPUs, and what the others are told."""
+"""Which GPUs a job gets: near ones together, no pair broken without need, and what can never be is said."""
 
-import itertools
-import time
-from collections.abc import Iterator, Sequence
+from itertools import combinations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlbox.scheduler.placement import Box, Start, explain, impossible, place, view
-from mlbox.scheduler.policy import WaitingJob, barred, rank
+from mlbox.scheduler.placement import (
+    LEVEL_SCORES,
+    Box,
+    GpuView,
+    Reservation,
+    Scores,
+    choose,
+    impossible,
+    impossible_share,
+    pair_score,
+    score_matrix,
+    view,
+)
 
-NOW = 1_800_000_000.0
+PAIRS = score_matrix(8, {(a, b): pair_score("SYS", 4 * (a // 2 == b // 2)) for a, b in combinations(range(8), 2)})
+"""Eight GPUs in NVLink pairs 0-1, 2-3, 4-5, 6-7."""
+ISLANDS = score_matrix(
+    16, {(a, b): pair_score("NODE", 12) if a // 4 == b // 4 else 10 for a, b in combinations(range(16), 2)}
+)
+"""Sixteen GPUs in islands of four."""
 
 
-def waiting(
-    number: int,
-    *,
-    gpus: int = 0,
-    slots: int = 1,
-    priority: int = 0,
-    hold: bool = False,
-    not_before: float | None = None,
-) -> WaitingJob:
-    return WaitingJob(
-        id=number,
-        uid=1000,
-        user="ann",
-        priority=priority,
-        submitted_at=float(number),
-        gpus=gpus,
-        slots=0 if gpus else slots,
-        hold=hold,
-        not_before=not_before,
-    )
+@st.composite
+def matrices(draw: st.DrawFn) -> Scores:
+    count = draw(st.integers(1, 8))
+    links = {pair: draw(st.sampled_from([10, 20, 110, 410])) for pair in combinations(range(count), 2)}
+    return score_matrix(count, links)
+
+
+def within(some: tuple[int, ...], scores: Scores) -> int:
+    return sum(scores[a][b] for a, b in combinations(some, 2))
+
+
+def cut(some: tuple[int, ...], scores: Scores, idle: list[int]) -> tuple[int, int]:
+    lost = [scores[a][b] for a in some for b in idle if b not in some]
+    return max(lost, default=0), sum(lost)
+
+
+@given(matrices(), st.data())
+def test_the_nearest_gpus_are_chosen_and_of_those_what_breaks_least(scores: Scores, data: st.DataObject) -> None:
+    idle = data.draw(st.lists(st.integers(0, len(scores) - 1), min_size=1, unique=True))
+    candidates = data.draw(st.lists(st.sampled_from(idle), min_size=1, unique=True))
+    count = data.draw(st.integers(1, len(candidates)))
+    chosen = choose(candidates, count, scores, idle)
+    assert len(set(chosen)) == count
+    assert set(chosen) <= set(candidates)
+    every = list(combinations(candidates, count))
+    nearest = max(within(some, scores) for some in every)
+    assert within(chosen, scores) == nearest
+    best = [some for some in every if within(some, scores) == nearest]
+    assert cut(chosen, scores, idle) == min(cut(some, scores, idle) for some in best)
+
+
+@pytest.mark.parametrize("free", [(0, 1, 2, 3, 4, 5, 6, 7), (1, 2, 3, 4, 5), (0, 3, 4, 6, 7), (1, 2, 6, 7)])
+def test_two_gpus_are_a_whole_pair_where_one_is_free(free: tuple[int, ...]) -> None:
+    first, second = choose(free, 2, PAIRS, free)
+    assert first // 2 == second // 2
+
+
+@pytest.mark.parametrize(("free", "odd"), [((0, 1, 2), 2), ((1, 2, 3), 1), ((0, 1, 4, 5, 7), 7), ((3, 4, 5, 6, 7), 3)])
+def test_a_single_gpu_is_the_odd_one_out(free: tuple[int, ...], odd: int) -> None:
+    assert choose(free, 1, PAIRS, free) == (odd,)
+
+
+def test_three_gpus_are_a_pair_and_the_odd_one_out() -> None:
+    assert set(choose((0, 1, 2, 3, 5), 3, PAIRS, (0, 1, 2, 3, 5))) in ({0, 1, 5}, {2, 3, 5})
+
+
+def test_without_links_the_first_candidates_are_taken() -> None:
+    assert choose((3, 1, 2), 2, (), (1, 2, 3)) == (3, 1)
+
+
+@given(st.sets(st.integers(0, 15), min_size=4))
+def test_beyond_what_can_be_tried_one_by_one_a_whole_island_is_found_where_one_is_free(free: set[int]) -> None:
+    idle = sorted(free)
+    chosen = choose(idle, 4, ISLANDS, idle)
+    assert len(set(chosen)) == 4
+    assert set(chosen) <= free
+    if any(set(range(first, first + 4)) <= free for first in (0, 4, 8, 12)):
+        assert len({one // 4 for one in chosen}) == 1
+
+
+def test_the_more_links_the_nearer_and_links_beat_any_way_through_the_board() -> None:
+    ways = sorted(LEVEL_SCORES, key=LEVEL_SCORES.__getitem__)
+    assert ways == ["SYS", "NODE", "PHB", "PXB", "PIX", "PSB"]
+    assert pair_score("SYS", 1) > pair_score("PSB", 0)
+    assert pair_score("SYS", 2) > pair_score("PSB", 1)
+    assert pair_score(None, 0) == pair_score("unheard of", 0) == 0
+
+
+def test_a_matrix_is_square_the_same_both_ways_and_nothing_to_itself() -> None:
+    scores = score_matrix(3, {(0, 2): 7, (1, 2): 5})
+    assert scores == ((0, 0, 7), (0, 0, 5), (7, 5, 0))
 
 
 def box(*busy: str | None, slots: int = 4, used: int = 0) -> Box:
     return view([(f"GPU-{index}", index, why) for index, why in enumerate(busy)], slots, used)
 
 
-boxes = st.builds(
-    lambda busy, slots, used: box(*busy, slots=slots, used=used),
-    st.lists(st.sampled_from([None, None, "is held by job 7", "holds 642 MiB of bob's python"]), max_size=8),
-    st.integers(1, 8),
-    st.integers(0, 10),
-)
-gpu_lines = st.lists(st.integers(1, 9), max_size=12).map(
-    lambda sizes: [waiting(number, gpus=size) for number, size in enumerate(sizes, 1)]
-)
-slot_lines = st.lists(st.integers(1, 9), max_size=12).map(
-    lambda sizes: [waiting(number, slots=size) for number, size in enumerate(sizes, 101)]
-)
-
-
-def check_line(line: Sequence[WaitingJob], started: list[int], head: int | None, free: int, size: str) -> None:
-    """A line starts from its front, as far as it fits, and the first that does not is its head."""
-    sizes = [getattr(job, size) for job in line]
-    fitting = list(itertools.takewhile(lambda total: total <= free, itertools.accumulate(sizes)))
-    assert started == [job.id for job in line[: len(fitting)]]
-    assert head == (line[len(fitting)].id if len(fitting) < len(line) else None)
-
-
-@given(boxes, gpu_lines, slot_lines)
-def test_lines_start_from_their_front_as_far_as_there_is_room(
-    box: Box, gpu_line: list[WaitingJob], slot_line: list[WaitingJob]
-) -> None:
-    plan = place(gpu_line, slot_line, box)
-    free = {gpu.uuid for gpu in box.free_gpus}
-    given_away = [uuid for start in plan.starts for uuid in start.gpu_uuids]
-    assert len(given_away) == len(set(given_away)), "no GPU is given twice"
-    assert set(given_away) <= free, "none is given that is not free"
-    wanted = {job.id: job.gpus for job in (*gpu_line, *slot_line)}
-    assert all(len(start.gpu_uuids) == wanted[start.job_id] for start in plan.starts)
-    started = [start.job_id for start in plan.starts]
-    check_line(gpu_line, [job_id for job_id in started if job_id <= 100], plan.gpu_head, len(free), "gpus")
-    check_line(slot_line, [job_id for job_id in started if job_id > 100], plan.slot_head, box.slots_free, "slots")
-
-
-@given(boxes, gpu_lines, slot_lines, st.booleans(), st.none() | st.floats(0, 2 * NOW))
-def test_every_waiting_job_has_a_reason_of_one_sentence(
-    box: Box, gpu_line: list[WaitingJob], slot_line: list[WaitingJob], hold: bool, not_before: float | None
-) -> None:
-    plan = place(gpu_line, slot_line, box)
-    for line, head in ((gpu_line, plan.gpu_head), (slot_line, plan.slot_head)):
-        for ahead, job in enumerate(line):
-            for known_head in (head, None):
-                why = explain(job, box, ahead, known_head, NOW)
-                assert why == why.strip()
-                assert why.isprintable()
-                assert len(why) > 10
-                assert not why.endswith(".")
-                assert ". " not in why
-    odd = waiting(999, gpus=1, hold=hold, not_before=not_before)
-    assert explain(odd, box, 0, None, NOW)
-    assert (barred(odd, NOW) is not None) == (hold or (not_before is not None and not_before > NOW))
-
-
-def test_the_lowest_free_gpus_are_taken_in_the_order_of_the_queue() -> None:
-    plan = place([waiting(1, gpus=2), waiting(2, gpus=1)], [], box(None, "leased by job 9", None, None))
-    assert plan.starts == (
-        Start(job_id=1, gpu_uuids=("GPU-0", "GPU-2")),
-        Start(job_id=2, gpu_uuids=("GPU-3",)),
+def sized(*sizes: int | None) -> Box:
+    gpus = tuple(
+        GpuView(uuid=f"GPU-{index}", index=index, busy=None, memory_mib=size) for index, size in enumerate(sizes)
     )
-
-
-def test_a_wide_job_is_never_overtaken_by_narrow_ones_behind_it() -> None:
-    plan = place([waiting(1, gpus=2), waiting(2, gpus=1)], [waiting(3)], box(None, "leased by job 9"))
-    assert plan.starts == (Start(job_id=3, gpu_uuids=()),)
-    assert (plan.gpu_head, plan.slot_head) == (1, None)
-
-
-def test_reasons_say_what_is_needed_what_is_there_and_who_has_it() -> None:
-    full = box("leased by job 9", "bob's python (pid 7)", slots=4, used=4)
-    assert explain(waiting(1, gpus=1), full, 0, 1, NOW) == (
-        "it needs 1 GPU, none is free of 2: GPU 0: leased by job 9; GPU 1: bob's python (pid 7)"
-    )
-    assert explain(waiting(2, gpus=1), full, 1, 1, NOW) == "1 job before it waits for GPUs, first job 1"
-    assert explain(waiting(3, gpus=2), full, 2, 1, NOW) == "2 jobs before it wait for GPUs, first job 1"
-    assert explain(waiting(4), full, 0, 4, NOW) == "it needs 1 CPU slot, none is free of 4"
-    assert explain(waiting(5), full, 3, 4, NOW) == "3 jobs before it wait for CPU slots, first job 4"
-    assert explain(waiting(6), box(), 0, None, NOW) == "it is about to start"
-    assert explain(waiting(7, gpus=1), box(), 0, 7, NOW) == "it needs 1 GPU, and this box shows none now"
-    assert explain(waiting(8, hold=True), box(), 0, None, NOW) == "it is held: release it when it may start"
-    later = waiting(9, not_before=NOW + 60)
-    assert explain(later, box(), 0, None, NOW) == "it may not start before 2027-01-15 08:01:00 UTC"
+    return Box(gpus=gpus, slots=1, slots_free=1)
 
 
 def test_what_can_never_start_is_said_with_what_to_ask_for() -> None:
     assert impossible(2, 0, box(None, "leased by job 9")) is None
     assert impossible(0, 4, box(slots=4)) is None
     assert impossible(9, 0, box(None, None)) == "the job asks 9 GPUs; this box has 2 GPUs: ask for 2 or fewer"
+    assert impossible(2, 0, box(None)) == "the job asks 2 GPUs; this box has 1 GPU: ask for 1 or fewer"
     assert "gpus=0" in str(impossible(1, 0, box()))
     assert impossible(0, 5, box(slots=4)) == "the job asks 5 CPUs; this box gives jobs 4: ask for 4 or fewer"
+
+
+def test_a_share_that_no_gpu_has_is_refused_unless_a_size_is_unknown() -> None:
+    assert impossible_share(24_000, sized(16_000, 24_000)) is None
+    assert impossible_share(24_001, sized(16_000, 24_000)) == (
+        "the job asks 24001 MiB of one GPU; the largest here has 24000: ask for 24000 or less"
+    )
+    assert impossible_share(24_001, sized(16_000, None)) is None, "memory shown as N/A is not zero"
+    assert "no GPU" in str(impossible_share(1, sized()))
 
 
 def test_more_work_than_there_are_slots_leaves_none_free() -> None:
     assert box(slots=2, used=5).slots_free == 0
 
 
-def test_higher_priority_comes_first_then_the_earlier_submit() -> None:
-    jobs = [waiting(1), waiting(2, priority=5), waiting(3, priority=-5), waiting(4, priority=5)]
-    assert [job.id for job in sorted(jobs, key=rank)] == [2, 4, 1, 3]
+def test_gpus_stand_in_the_order_of_their_index_and_shared_ones_cannot_be_had_whole() -> None:
+    seen = view([("GPU-b", 1, None), ("GPU-a", 0, "leased by job 9")], 1, 0)
+    assert [gpu.uuid for gpu in seen.gpus] == ["GPU-a", "GPU-b"]
+    assert [gpu.uuid for gpu in seen.free_gpus] == ["GPU-b"]
+    shared = GpuView(uuid="GPU-c", index=2, busy=None, shared_free_mib=5)
+    assert Box(gpus=(shared,), slots=1, slots_free=1).free_gpus == ()
 
 
-def test_placing_does_not_look_at_jobs_that_cannot_start() -> None:
-    def line() -> Iterator[WaitingJob]:
-        yield waiting(1, gpus=1)
-        yield waiting(2, gpus=1)
-        raise AssertionError("looked behind the head of the line")
+def test_a_window_admits_those_for_whom_it_is_kept_and_nobody_when_for_nobody() -> None:
+    def kept(*, user: str | None = None, project: str | None = None) -> Reservation:
+        return Reservation(
+            id=1, name="x", gpu_uuids=("GPU-0",), starts_at=0, ends_at=1, for_user=user, for_project=project
+        )
 
-    assert place(line(), [], box(None)).gpu_head == 2
-
-
-def test_a_hundred_thousand_waiting_jobs_cost_nothing() -> None:
-    many = [waiting(number, gpus=1) for number in range(100_000)]
-    began = time.perf_counter()
-    for _ in range(100):
-        place(iter(many), iter([]), box(*[None] * 8))
-    assert (time.perf_counter() - began) / 100 < 0.005
+    assert kept(user="bob").admits("bob", "default")
+    assert not kept(user="bob").admits("ann", "bob")
+    assert kept(project="vision").admits("ann", "vision")
+    assert not kept(project="vision").admits("vision", "default")
+    assert not kept().admits("bob", "default")

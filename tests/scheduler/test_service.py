@@ -15,8 +15,12 @@ import pytest
 from mlbox import database as database_module
 from mlbox.errors import Conflict, Denied, Impossible, Invalid, NotFound, TooMany, Unavailable
 from mlbox.identity import Role, digest
-from mlbox.jobs import JobSpec, JobState
+from mlbox.jobs import After, ArraySpec, Dependency, Element, JobSpec, JobState
+from mlbox.scheduler import gpu_queries, notices, queue
+from mlbox.scheduler.gpu_queries import GpuFault
 from mlbox.scheduler.gpus import GpuState
+from mlbox.scheduler.notices import Notice
+from mlbox.scheduler.queue import WaitingQuota
 from tests.nvml.standin import FakeGpu, StandIn
 from tests.scheduler.box import ADMIN, ALICE, BOB, Box, eventually, person
 
@@ -67,7 +71,9 @@ def upload(box: Box, content: bytes = ARCHIVE) -> Path:
 
 
 def waiting_ids(box: Box) -> list[int]:
-    return [job.id for job in box.scheduled.backlog.ordered(100)]
+    now = time.time()
+    state = box.scheduled
+    return [job.id for job in state.backlog.ordered(100, state.standing(now), state.rules.weights, now)]
 
 
 # Submit
@@ -379,3 +385,308 @@ async def test_a_jobs_time_is_told_in_words(quiet: Box) -> None:
     pending = quiet.service.pending(job)
     assert pending is not None
     assert pending.why.startswith("it may not start before ")
+
+
+# Arrays and dependencies
+
+
+def numbers(count: int, at_once: int | None = None) -> ArraySpec:
+    return ArraySpec(elements=tuple(Element(index=n, env={"N": str(n)}) for n in range(count)), at_once=at_once)
+
+
+async def test_an_array_is_one_submit_whose_jobs_all_wait_and_all_run(box: Box) -> None:
+    first, made = await box.service.submit(ALICE, replace(SPEC, command='echo "$N"'), array=numbers(3))
+    assert made
+    jobs = [await box.ended(first.id + place) for place in range(3)]
+    assert [job.state for job in jobs] == [JobState.SUCCEEDED] * 3
+    assert [box.log(job.id) for job in jobs] == ["0\n", "1\n", "2\n"]
+    assert [job.array.index for job in jobs if job.array] == [0, 1, 2]
+
+
+async def test_every_job_of_an_array_has_its_code(quiet: Box) -> None:
+    spec = replace(SPEC, code="zip")
+    first, _ = await quiet.service.submit(ALICE, spec, array=numbers(3), code=upload(quiet))
+    await quiet.service.cancel(ALICE, first.id)
+    await quiet.service.remove_files(ALICE, first.id)
+    for job_id in (first.id + 1, first.id + 2):
+        kept = quiet.folders.code(await quiet.job(job_id))
+        assert kept is not None
+        assert kept.read_bytes() == ARCHIVE
+
+
+async def test_an_array_that_is_refused_leaves_nothing(quiet: Box) -> None:
+    spec = replace(SPEC, code="zip")
+    with pytest.raises(TooMany, match="0 jobs wait, and no more than 3 may, these would be 4 more"):
+        await quiet.service.submit(ALICE, spec, array=numbers(4), code=upload(quiet))
+    unknown = replace(spec, depends_on=(Dependency(job_id=99),))
+    with pytest.raises(Invalid, match="there is no job 99"):
+        await quiet.service.submit(ALICE, unknown, array=numbers(2), code=upload(quiet))
+    with pytest.raises(Invalid, match="model: an array leaves as many models as it has jobs"):
+        await quiet.service.submit(ADMIN, replace(SPEC, model="digits"), array=numbers(2))
+    with pytest.raises(Invalid, match="array: it has no elements"):
+        await quiet.service.submit(ALICE, SPEC, array=numbers(0))
+    assert waiting_ids(quiet) == []
+    assert list(quiet.folders.jobs.iterdir()) == []
+
+
+async def test_an_element_that_is_retried_still_knows_which_one_it_is(box: Box) -> None:
+    spec = replace(SPEC, command='echo "$MLBOX_ARRAY_INDEX of $MLBOX_ARRAY_SIZE, $SLURM_ARRAY_TASK_ID, $N"')
+    first, _ = await box.service.submit(ALICE, spec, array=numbers(3))
+    await box.ended(first.id + 2)
+    again = await box.service.retry(ALICE, first.id + 2)
+    await box.ended(again.id)
+    assert again.array is None
+    assert box.log(again.id) == box.log(first.id + 2) == "2 of 3, 2, 2\n"
+
+
+async def test_an_array_is_cancelled_at_once_whatever_its_jobs_are_at(box: Box, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    spec = replace(SPEC, command=f"until [ -e {gate} ]; do sleep 0.02; done")
+    first, _ = await box.service.submit(ALICE, spec, array=numbers(4))
+    await box.until(first.id, JobState.RUNNING)
+    with pytest.raises(NotFound, match="is not the first of an array"):
+        await box.service.cancel_array(ALICE, first.id + 1)
+    with pytest.raises(NotFound, match="that you may see"):
+        await box.service.cancel_array(BOB, first.id)
+    assert [job.id for job in await box.service.cancel_array(ALICE, first.id)] == [first.id + n for n in range(4)]
+    for place in range(4):
+        assert (await box.ended(first.id + place)).state is JobState.CANCELLED
+    assert waiting_ids(box) == []
+    with pytest.raises(Conflict, match="every job of array 1 has ended already"):
+        await box.service.cancel_array(ALICE, first.id)
+
+
+async def test_jobs_wait_for_each_other_and_those_that_wait_in_vain_are_cancelled(box: Box, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    a = await box.submit(f"until [ -e {gate} ]; do sleep 0.02; done; exit 3")
+    b = await box.submit(depends_on=(Dependency(job_id=a.id),))
+    c = await box.submit(depends_on=(Dependency(job_id=b.id),))
+    d = await box.submit(depends_on=(Dependency(job_id=a.id, after=After.ANY),))
+    e = await box.submit(depends_on=(Dependency(job_id=a.id, after=After.NOT_OK),))
+    pending = box.service.pending(b)
+    assert pending is not None
+    assert pending.position is None
+    gate.touch()
+    states = [(await box.ended(job.id)).state for job in (a, b, c, d, e)]
+    failed, cancelled, succeeded = JobState.FAILED, JobState.CANCELLED, JobState.SUCCEEDED
+    assert states == [failed, cancelled, cancelled, succeeded, succeeded]
+    assert (await box.job(b.id)).cause == f"afterok:{a.id} can never be met: job {a.id} failed"
+    with pytest.raises(Impossible, match=f"afterok:{a.id} can never be met"):
+        await box.submit(depends_on=(Dependency(job_id=a.id),))
+    again = await box.service.retry(ALICE, b.id)
+    assert (await box.ended(again.id)).state is JobState.SUCCEEDED
+
+
+async def test_a_cancel_takes_along_those_that_waited_for_it(quiet: Box) -> None:
+    a = await quiet.submit()
+    b = await quiet.submit(depends_on=(Dependency(job_id=a.id),))
+    c = await quiet.submit(depends_on=(Dependency(job_id=b.id, after=After.NOT_OK),))
+    await quiet.service.cancel(ALICE, a.id)
+    assert waiting_ids(quiet) == [c.id]
+    assert (await quiet.job(b.id)).state is JobState.CANCELLED
+
+
+async def test_a_hundred_submits_at_once_keep_to_the_quota(tmp_path: Path) -> None:
+    box = Box(tmp_path, waiting_quota=WaitingQuota(user=7))
+    await box.open()
+    await box.loop.recover()
+    made = await asyncio.gather(*(box.service.submit(ALICE, SPEC) for _ in range(100)), return_exceptions=True)
+    assert [type(answer) for answer in made].count(TooMany) == 93
+    assert len(waiting_ids(box)) == 7
+    await box.submit(who=BOB)
+    await box.close()
+
+
+async def test_a_share_larger_than_any_gpu_is_refused(gpu_box: Box) -> None:
+    with pytest.raises(Impossible, match="asks 50000 MiB of one GPU's memory; the largest here has 49140 MiB"):
+        await gpu_box.submit(gpu_mem_mib=50_000)
+
+
+# Reservations, faults, usage, notices
+
+
+async def test_reservations_are_made_by_admins_and_never_overlap_on_a_gpu(gpu_box: Box) -> None:
+    service, now = gpu_box.service, time.time()
+    window = {"name": "friday", "gpu_uuids": [UUID], "starts_at": now + 100, "ends_at": now + 200}
+    for who in (ALICE, replace(ADMIN, job_id=3)):
+        with pytest.raises(Denied):
+            await service.reserve(who, **window)
+    made = await service.reserve(ADMIN, **window, for_user="bob")
+    assert (made.id, made.for_user, made.made_by, made.gpu_uuids) == (1, "bob", "ann", (UUID,))
+    with pytest.raises(Conflict, match=r"reservation 1 \(friday\) has GPU-0.* from .* UTC to .* UTC"):
+        await service.reserve(ADMIN, **window | {"starts_at": now + 150, "ends_at": now + 500})
+    later = await service.reserve(ADMIN, **window | {"starts_at": now + 200, "ends_at": now + 300})
+    assert await service.reservations(BOB) == [made, later]
+    with pytest.raises(Denied):
+        await service.cancel_reservation(BOB, made.id)
+    assert await service.cancel_reservation(ADMIN, made.id) == made
+    assert await service.cancel_reservation(ADMIN, made.id) == made
+    assert await service.reservations(BOB) == [later]
+    assert await service.reserve(ADMIN, **window) == replace(made, id=3, for_user=None)
+    with pytest.raises(NotFound, match="there is no reservation 9"):
+        await service.cancel_reservation(ADMIN, 9)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"gpu_uuids": ["GPU-x"]}, "gpu_uuids"),
+        ({"gpu_uuids": []}, "gpu_uuids"),
+        ({"starts_at": 5.0, "ends_at": 6.0}, "ends_at"),
+        ({"starts_at": 9e9, "ends_at": 8e9}, "ends_at"),
+    ],
+)
+async def test_a_reservation_of_nothing_is_refused(gpu_box: Box, change: dict[str, object], field: str) -> None:
+    window = {"name": "n", "gpu_uuids": [UUID], "starts_at": 0.0, "ends_at": 9e9} | change
+    with pytest.raises(Invalid) as refused:
+        await gpu_box.service.reserve(ADMIN, **window)
+    assert [error.field for error in refused.value.errors] == [field]
+
+
+async def test_a_gpu_that_is_resumed_begins_with_a_clean_record(gpu_box: Box) -> None:
+    fault = GpuFault(gpu_uuid=UUID, at=5.0, source="xid", code=79, cause="it fell off the bus", uid=1001)
+    await gpu_box.database.write(gpu_queries.add_fault, fault)
+    assert await gpu_box.database.read(gpu_queries.open_faults) == {UUID: [replace(fault, id=1)]}
+    await gpu_box.service.resume(ADMIN, UUID)
+    assert await gpu_box.database.read(gpu_queries.open_faults) == {}
+
+
+async def test_everybody_sees_what_was_used_and_by_whom(box: Box) -> None:
+    before = time.time()
+    job = await box.submit()
+    await box.ended(job.id)
+    report = await box.service.usage(BOB, before - 1, time.time() + 1)
+    assert [(line.name, line.jobs) for line in report.users] == [("alice", 1)]
+    assert report.total.wait_mean_s is not None
+    with pytest.raises(Denied):
+        await box.service.usage(replace(ALICE, job_id=job.id), 0, 1)
+
+
+async def test_notices_are_ones_own_and_sent_once(quiet: Box) -> None:
+    mine = Notice(user="alice", uid=1001, at=1.0, kind="end", text="job 1 ended", addresses=("a@example.org",))
+    shown = replace(mine, text="job 2 began", addresses=())
+    await quiet.database.write(notices.add, [mine, shown, replace(mine, user="bob", uid=1002)])
+    assert await quiet.service.notices(ALICE) == [replace(shown, id=2), replace(mine, id=1)]
+    assert [one.id for one in await quiet.database.read(notices.unsent)] == [1, 3]
+    await quiet.database.write(notices.mark_sent, 1, now=9.0, failure="no such host")
+    assert [one.id for one in await quiet.database.read(notices.unsent)] == [3]
+    assert (await quiet.service.notices(ALICE))[1] == replace(mine, id=1, sent_at=9.0, failure="no such host")
+    with pytest.raises(Denied):
+        await quiet.service.notices(replace(ALICE, job_id=1))
+
+
+# Adoption
+
+OWNER = person("me", os.getuid())
+
+
+@pytest.fixture
+async def foreign(tmp_path: Path) -> AsyncIterator[tuple[Box, int]]:
+    """A box on whose GPU a process computes that mlbox did not start, and its pid."""
+    process = await asyncio.create_subprocess_exec("sleep", "60")
+    hardware = StandIn(tmp_path)
+    hardware.show(
+        FakeGpu(uuid=UUID, used=642, compute=[(process.pid, 642)]), FakeGpu(uuid="GPU-2", bus="00000000:02:00.0")
+    )
+    made = Box(tmp_path, hardware=hardware)
+    await made.open()
+    await made.loop.recover()
+    yield made, process.pid
+    await made.close()
+    process.kill()
+    await process.wait()
+
+
+async def test_a_process_is_adopted_by_its_owner_and_holds_its_gpu(foreign: tuple[Box, int]) -> None:
+    box, pid = foreign
+    job = await box.service.adopt(OWNER, UUID, pid=pid, name="mine", project="p", time_limit_s=60.0)
+    assert (job.state, job.adopted, job.user, job.uid) == (JobState.STARTING, True, "me", os.getuid())
+    assert (job.spec.gpus, job.gpu_uuids, job.spec.project, job.spec.time_limit_s) == (1, (UUID,), "p", 60.0)
+    (attempt,) = await box.service.attempts(OWNER, job.id)
+    assert attempt.adopts is not None
+    assert (attempt.adopts[0], attempt.charge_rate) == (pid, 1.0)
+    assert [lease.job_id for lease in await box.database.read(queue.live_leases)] == [job.id]
+    with pytest.raises(Conflict, match="is leased to a job"):
+        await box.service.adopt(OWNER, UUID, pid=pid, name="again")
+
+
+async def test_only_the_owner_or_an_admin_adopts(foreign: tuple[Box, int]) -> None:
+    box, pid = foreign
+    stranger = person("eve", os.getuid() + 1)
+    with pytest.raises(Denied, match="only its owner or an admin"):
+        await box.service.adopt(stranger, UUID, pid=pid, name="n")
+    with pytest.raises(Denied, match="token of job 4 cannot adopt"):
+        await box.service.adopt(replace(OWNER, job_id=4), UUID, pid=pid, name="n")
+    with pytest.raises(NotFound, match="no process 1 computes on GPU 0"):
+        await box.service.adopt(OWNER, UUID, pid=1, name="n")
+    with pytest.raises(NotFound, match="computes on GPU 1"):
+        await box.service.adopt(OWNER, "GPU-2", pid=pid, name="n")
+    job = await box.service.adopt(person("root", os.getuid() + 2, Role.ADMIN), UUID, pid=pid, name="n")
+    assert job.uid == os.getuid()
+
+
+async def test_a_jobs_own_process_is_not_adopted(foreign: tuple[Box, int]) -> None:
+    box, _ = foreign
+    process = await asyncio.create_subprocess_exec("sleep", "60", env={**os.environ, "MLBOX_ATTEMPT_KEY": "0" * 32})
+    assert box.hardware is not None
+    box.hardware.show(FakeGpu(uuid=UUID, used=642, compute=[(process.pid, 642)]))
+
+    def shown() -> bool:
+        return any(one.pid == process.pid for gpu in box.gpus.current().gpus for one in gpu.processes or ())
+
+    await eventually("the new process is shown", shown)
+    with pytest.raises(Conflict, match="is a job's already"):
+        await box.service.adopt(OWNER, UUID, pid=process.pid, name="n")
+    process.kill()
+    await process.wait()
+
+
+# Retention
+
+
+async def filled(box: Box, kib: int, **fields: object) -> int:
+    """An ended job that left so much."""
+    job = await box.submit(f"head -c {kib}k /dev/urandom > $MLBOX_OUT/left", **fields)
+    await box.ended(job.id)
+    return job.id
+
+
+async def test_files_go_by_age_and_by_size_the_oldest_first(box: Box) -> None:
+    jobs = [await filled(box, 400) for _ in range(4)]
+    now = time.time()
+    assert await box.service.prune(now, keep_days=1, keep_bytes=None) == []
+    assert await box.service.prune(now, keep_days=None, keep_bytes=1_000 << 10) == jobs[:2]
+    assert [(await box.job(job_id)).files_removed for job_id in jobs] == [True, True, False, False]
+    assert [box.folders.job(job_id).exists() for job_id in jobs] == [False, False, True, True]
+    assert await box.service.prune(now + 2 * 86_400, keep_days=1, keep_bytes=None) == jobs[2:]
+    assert (await box.job(jobs[3])).state is JobState.SUCCEEDED
+
+
+async def test_what_a_model_is_still_to_be_made_of_stays(box: Box) -> None:
+    job_id = await filled(box, 4, who=person("dora", 1004, Role.DEPLOYER), model="digits")
+    assert await box.service.prune(time.time(), keep_days=0, keep_bytes=0) == []
+    await box.database.write(
+        lambda connection: (
+            connection.execute(
+                "INSERT INTO model_versions (model, version, job_id, by_user, requested_at, deployed_at) "
+                "VALUES ('digits', 1, ?, 'dora', 1, 2)",
+                (job_id,),
+            ).rowcount
+        )
+    )
+    assert await box.service.prune(time.time(), keep_days=0, keep_bytes=0) == [job_id]
+
+
+async def test_files_that_cannot_be_removed_hold_up_no_others(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [await filled(box, 4 + 400 * (not number)) for number in range(2)]
+    remove = box.folders.remove
+
+    def refuse(job_id: int) -> None:
+        if job_id == jobs[0]:
+            raise Conflict("job 1 left files that mlbox may not remove")
+        remove(job_id)
+
+    monkeypatch.setattr(box.folders, "remove", refuse)
+    assert await box.service.prune(time.time(), keep_days=None, keep_bytes=100 << 10) == []
+    assert await box.service.prune(time.time() + 1, keep_days=0, keep_bytes=None) == jobs[1:]
+    assert not (await box.job(jobs[0])).files_removed

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from mlbox.jobs import WarnSignal
 from mlbox.scheduler import shim
 from mlbox.scheduler.executors import processes
 from mlbox.scheduler.executors.base import Liveness, Stopped
@@ -145,6 +146,7 @@ class TestWhatTheJobGets:
         assert b"mlbx_secret" not in Path(f"/proc/{shim_pid}/environ").read_bytes()
         for path in attempt.folder.iterdir():
             assert path.is_dir() or not path.stat().st_mode & 0o077
+            assert path.is_dir() or b"mlbx_secret" not in path.read_bytes()
 
     def test_a_program_is_found_in_its_own_path(self, attempt):
         tools = attempt.folder / "tools"
@@ -426,6 +428,247 @@ print("end")
         assert 0 < peak_kib < 12 << 10
 
 
+class TestCopiesOfTheOutput:
+    """Slurm's --output and --error."""
+
+    def test_both_streams_go_into_one_copy_and_the_log(self, attempt):
+        attempt.shell("echo out; echo err >&2", output="copy.txt").wait_end()
+        assert sorted((attempt.work / "copy.txt").read_bytes().split()) == [b"err", b"out"]
+        assert attempt.log() == (attempt.work / "copy.txt").read_bytes()
+
+    def test_stderr_has_a_copy_of_its_own_and_is_in_the_log_as_well(self, attempt, tmp_path):
+        elsewhere = tmp_path / "err.txt"
+        ended = attempt.shell("echo out; echo err >&2", output="out.txt", error=str(elsewhere)).wait_end()
+        assert (attempt.work / "out.txt").read_bytes() == b"out\n"
+        assert elsewhere.read_bytes() == b"err\n"
+        assert sorted(attempt.log().split()) == [b"err", b"out"]
+        assert ended.log_bytes == 8
+
+    def test_one_file_for_both_is_written_once(self, attempt):
+        attempt.shell("echo out; echo err >&2", output="copy", error="copy").wait_end()
+        assert sorted((attempt.work / "copy").read_bytes().split()) == [b"err", b"out"]
+
+    def test_a_first_attempt_begins_a_file_anew_and_a_later_one_goes_on(self, new_attempt):
+        for append, wanted in ((False, b"new\n"), (True, b"old\nnew\n")):
+            attempt = new_attempt()
+            attempt.work.mkdir()
+            (attempt.work / "copy").write_bytes(b"old\n")
+            attempt.shell("echo new", output="copy", append=append).wait_end()
+            assert (attempt.work / "copy").read_bytes() == wanted
+
+    def test_a_copy_has_the_users_umask(self, attempt):
+        before = os.umask(0o022)
+        try:
+            attempt.shell("echo x", output="copy").wait_end()
+        finally:
+            os.umask(before)
+        assert (attempt.work / "copy").stat().st_mode & 0o777 == 0o644
+        assert (attempt.folder / "exit.json").stat().st_mode & 0o777 == 0o600
+
+    def test_one_that_cannot_be_opened_is_an_error_before_user_code_runs(self, attempt):
+        ended = attempt.shell("echo ran > ran", output="no/such/folder/copy", ranks=2).wait_end()
+        assert "cannot write its output to" in ended.error
+        assert "no/such/folder/copy: No such file" in ended.error
+        assert (ended.exit_code, ended.started_at) == (None, None)
+        assert not (attempt.work / "ran").exists()
+
+    def test_a_fifo_that_nobody_reads_holds_nobody_up(self, attempt):
+        attempt.work.mkdir()
+        os.mkfifo(attempt.work / "copy")
+        assert "copy" in attempt.shell("true", output="copy").wait_end().error
+
+    def test_one_that_takes_no_more_costs_nothing_but_itself(self, attempt):
+        ended = attempt.shell("echo lost; exit 3", output="/dev/full").wait_end()
+        assert (ended.exit_code, ended.log_dropped_bytes, attempt.log()) == (3, 0, b"lost\n")
+
+
+class TestTheWarning:
+    def test_it_comes_before_the_time_limit(self, attempt):
+        program = "trap 'echo warned; exit 5' USR1; while :; do sleep 0.01; done"
+        warning = WarnSignal(number=signal.SIGUSR1, before_s=59.0)
+        ended = attempt.shell(program, time_limit_s=60.0, warn_signal=warning).wait_end()
+        assert (ended.exit_code, ended.stopped) == (5, None)
+        assert b"warned\n" in attempt.log()  # beside what the shell says of its sleep, which heard it too
+
+    @pytest.mark.parametrize("main_only", [True, False])
+    def test_it_goes_to_the_main_process_or_to_all(self, attempt, main_only):
+        child = "trap 'echo child > child; exit' USR1; echo on > begun; while :; do sleep 0.01; done"
+        heard = "-e main" if main_only else "-e main -a -e child"
+        main = f"trap 'echo main > main' USR1; while ! [ {heard} ]; do sleep 0.01; done"
+        warning = WarnSignal(number=signal.SIGUSR1, before_s=59.0, main_only=main_only)
+        attempt.shell(f"({child}) & {main}; exit 0", time_limit_s=60.0, warn_signal=warning).wait_end()
+        assert (attempt.work / "main").exists()
+        assert (attempt.work / "child").exists() != main_only
+
+
+class TestRanks:
+    def test_each_knows_which_it_is(self, attempt):
+        ended = attempt.shell("echo $RANK $LOCAL_RANK $ROLE_RANK $SLURM_PROCID $SLURM_LOCALID", ranks=3).wait_end()
+        assert sorted(attempt.log().splitlines()) == [b"0 0 0 0 0", b"1 1 1 1 1", b"2 2 2 2 2"]
+        assert (ended.exit_code, ended.rank) == (0, None)
+
+    def test_the_first_that_fails_ends_the_others_and_is_named(self, attempt):
+        program = (
+            "trap 'echo saved $RANK; exit 0' TERM; echo on > begun-$RANK; "
+            "if [ $RANK = 2 ]; then while [ ! -e begun-0 -o ! -e begun-1 ]; do sleep 0.01; done; exit 9; fi; "
+            "while :; do sleep 0.01; done"
+        )
+        ended = attempt.shell(program, ranks=3).wait_end()
+        assert (ended.exit_code, ended.rank, ended.stopped) == (9, 2, None)
+        assert {b"saved 0", b"saved 1"} <= set(attempt.log().splitlines())
+        assert not attempt.processes()
+
+    def test_one_killed_by_a_signal_is_named_and_who_does_not_listen_is_killed(self, attempt):
+        program = (
+            "trap '' TERM; echo on > begun-$RANK; "
+            "[ $RANK = 0 ] && { while [ ! -e begun-1 ]; do sleep 0.01; done; kill -SEGV $$; }; "
+            "while :; do sleep 0.05; done"
+        )
+        ended = attempt.shell(program, ranks=2, grace_s=0.2).wait_end()
+        assert (ended.signal, ended.rank) == (signal.SIGSEGV, 0)
+
+    def test_one_that_finishes_early_is_waited_for_by_nobody(self, attempt):
+        program = "[ $RANK = 0 ] && { echo on > first; exit 0; }; while [ ! -e first ]; do sleep 0.01; done; sleep 0.1"
+        ended = attempt.shell(program, ranks=2).wait_end()
+        assert (ended.exit_code, ended.rank) == (0, None)
+
+    def test_a_cancel_ends_all_and_blames_none(self, attempt):
+        attempt.shell("echo on > begun-$RANK; sleep 60", ranks=2)
+        wait_until(lambda: len(list(attempt.work.glob("begun-*"))) == 2)
+        attempt.executor.stop(attempt.folder)
+        ended = attempt.wait_end()
+        assert (ended.stopped, ended.signal, ended.rank) == (Stopped.CANCEL, signal.SIGTERM, None)
+
+    def test_a_program_that_cannot_run_is_told_once_and_not_blamed_on_a_rank(self, attempt):
+        ended = attempt.start("./missing", ranks=2).wait_end()
+        assert "cannot run ./missing: No such file" in ended.error
+        assert ended.rank is None
+
+    def test_code_is_unpacked_once_for_all(self, attempt, archive):
+        code = archive({"run.sh": b"#!/bin/sh\ncat x\n", "x": b"42\n"})
+        assert attempt.start("./run.sh", code=code, ranks=3).wait_end().exit_code == 0
+        assert attempt.log() == b"42\n" * 3
+
+
+class TestTheGpusMemory:
+    @pytest.mark.parametrize("text", shim.GPU_OUT_OF_MEMORY)
+    def test_a_failed_job_that_ran_out_of_it_is_known(self, attempt, text):
+        ended = attempt.run("/bin/sh", "-c", f"echo 'E: {text.decode()} (x)' >&2; exit 1")
+        assert (ended.exit_code, ended.gpu_out_of_memory) == (1, True)
+
+    def test_only_the_end_of_a_failed_jobs_log_counts(self, attempt, new_attempt):
+        says = "echo CUDA out of memory"
+        assert not attempt.shell(f"{says}; exit 0").wait_end().gpu_out_of_memory
+        assert not new_attempt().shell(f"{says}; head -c 70000 /dev/zero; exit 1").wait_end().gpu_out_of_memory
+        spread = new_attempt().shell(
+            f"head -c 5000 /dev/zero; {says}; head -c 900 /dev/zero; exit 1", log_head_bytes=1000, log_tail_bytes=16000
+        )
+        assert spread.wait_end().gpu_out_of_memory
+
+    def test_what_a_job_puts_in_place_of_its_log_holds_nobody(self, attempt):
+        ended = attempt.shell("rm ../log; mkfifo ../log ../log.1; exit 1").wait_end()
+        assert (ended.exit_code, ended.gpu_out_of_memory) == (1, False)
+
+
+class TestCores:
+    def test_the_job_stays_on_those_it_was_given(self, attempt):
+        core = max(os.sched_getaffinity(0))
+        attempt.python("import os; print(os.sched_getaffinity(0))", cpu_affinity=(core,)).wait_end()
+        assert attempt.log().decode() == f"{{{core}}}\n"
+
+    def test_cores_that_are_not_there_are_no_trouble(self, attempt):
+        assert attempt.run("/bin/true", cpu_affinity=(100_000,)).exit_code == 0
+
+
+class TestAdoption:
+    """A process that was begun outside mlbox is watched and stopped; nobody may mistake another for it."""
+
+    @pytest.fixture
+    def outside(self, tmp_path):
+        """Begins processes, as people do without mlbox, and reaps them as their shell does."""
+        begun = []
+
+        def begin(command: str) -> subprocess.Popen[bytes]:
+            begun.append(subprocess.Popen(["/bin/sh", "-c", command], cwd=tmp_path, start_new_session=True))
+            return begun[-1]
+
+        yield begin
+        for process in begun:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def adopt(self, attempt, pid: int, **settings):
+        return attempt.start(adopt=(pid, processes.find(pid).ticks), **settings)
+
+    def test_it_is_watched_until_it_ends_by_itself(self, attempt, outside, tmp_path):
+        process = outside("while [ ! -e go ]; do sleep 0.01; done; exit 7")
+        self.adopt(attempt, process.pid).wait_started()
+        started = attempt.observe().started
+        assert (started.pid, started.adopted) == (process.pid, True)
+        assert attempt.observe().liveness is Liveness.ALIVE
+        assert process.pid in attempt.processes()
+        (tmp_path / "go").touch()
+        ended = attempt.wait_end()
+        assert (ended.exit_code, ended.signal, ended.stopped, ended.adopted) == (0, None, None, True)
+        assert attempt.log() == b""
+
+    def test_a_stop_ends_it_with_all_that_it_began(self, attempt, outside, tmp_path):
+        process = outside("setsid sh -c 'echo $$ > child; sleep 60' & trap 'echo heard > heard; exit' TERM; wait")
+        child = int(wait_until(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text()))
+        self.adopt(attempt, process.pid).wait_started()
+        attempt.executor.stop(attempt.folder)
+        ended = attempt.wait_end()
+        assert (ended.stopped, ended.exit_code, ended.signal) == (Stopped.CANCEL, None, signal.SIGTERM)
+        assert (tmp_path / "heard").exists()
+        assert not runs(child)
+
+    def test_a_stopped_or_deaf_one_is_killed_after_the_grace_period(self, attempt, outside, tmp_path):
+        process = outside("trap '' TERM; echo on > begun; while :; do sleep 0.05; done")
+        wait_until((tmp_path / "begun").exists)
+        os.kill(process.pid, signal.SIGSTOP)
+        self.adopt(attempt, process.pid, grace_s=0.2).wait_started()
+        attempt.executor.stop(attempt.folder)
+        assert attempt.wait_end().signal == signal.SIGKILL
+        assert process.wait(20) == -signal.SIGKILL
+
+    def test_its_time_limit_counts_from_its_adoption(self, attempt, outside):
+        process = outside("sleep 60")
+        ended = self.adopt(attempt, process.pid, time_limit_s=0.2).wait_end()
+        assert (ended.stopped, ended.signal) == (Stopped.TIME_LIMIT, signal.SIGTERM)
+
+    def test_another_process_with_its_pid_is_let_be(self, attempt, outside):
+        process = outside("sleep 60")
+        ended = attempt.start(adopt=(process.pid, processes.find(process.pid).ticks - 1)).wait_end()
+        assert f"process {process.pid} was gone before it could be watched" in ended.error
+        assert process.poll() is None
+
+    def test_a_shim_that_died_is_replaced_and_harms_nobody(self, attempt, outside, tmp_path):
+        process = outside("while [ ! -e go ]; do sleep 0.01; done")
+        self.adopt(attempt, process.pid).wait_started()
+        started = attempt.observe().started
+        os.kill(started.shim_pid, signal.SIGKILL)
+        attempt.wait_liveness(Liveness.NOT_STARTED)
+        attempt.kill_remains()
+        assert process.poll() is None
+        self.adopt(attempt, process.pid)
+        wait_until(lambda: attempt.observe().started.shim_pid != started.shim_pid)
+        (tmp_path / "go").touch()
+        ended = attempt.wait_end()
+        assert (ended.exit_code, ended.started_at) == (0, started.started_at)
+
+    def test_one_that_ended_while_nobody_watched_has_ended(self, attempt, outside):
+        process = outside("sleep 60")
+        self.adopt(attempt, process.pid).wait_started()
+        launch = attempt.launch(adopt=(process.pid, attempt.observe().started.start_ticks))
+        os.kill(attempt.observe().started.shim_pid, signal.SIGKILL)
+        attempt.wait_liveness(Liveness.NOT_STARTED)
+        process.kill()
+        process.wait()
+        attempt.executor.start(launch)
+        assert (attempt.wait_end().exit_code, attempt.wait_end().error) == (0, None)
+
+
 class TestExactlyOnce:
     def test_a_second_shim_refuses_while_the_first_lives(self, attempt):
         attempt.shell("echo on > begun; sleep 60")
@@ -442,11 +685,10 @@ class TestExactlyOnce:
 
     def test_somebody_who_asks_about_the_lock_does_not_keep_a_shim_away(self, attempt):
         launch = attempt.launch("/bin/true")
-        path = attempt.folder / "lock"
-        with path.open("w") as lock:
+        with (attempt.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH)
             attempt.executor.start(launch)
-            wait_until(lambda: any(path in _open_files(pid) for pid in attempt.shims()))
+            wait_until(attempt.shims)
         assert attempt.wait_end().exit_code == 0
 
     def test_user_code_sees_that_it_was_recorded_as_started(self, attempt):
@@ -523,11 +765,3 @@ def _status(pid: int) -> str:
         return Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return ""
-
-
-def _open_files(pid: int) -> set[Path]:
-    found: set[Path] = set()
-    for link in Path(f"/proc/{pid}/fd").glob("*"):
-        with suppress(FileNotFoundError):
-            found.add(link.readlink())
-    return found

@@ -116,7 +116,7 @@ def _succeeded(connection: sqlite3.Connection, model: str | None) -> Job:
     job, _ = queue.submit(connection, JobSpec(command="x", name="n", model=model), user="ann", uid=1000, now=1.0)
     start = Start(job_id=job.id, gpu_uuids=())
     queue.start(connection, [Launching(start=start, key=f"k{job.id}", token_sha256=f"t{job.id}")], now=2.0)
-    ended = queue.finish(
+    ended, _ = queue.finish(
         connection, job.id, 1, Outcome(state=JobState.SUCCEEDED, reason=None, cause="ended well"), now=3.0
     )
     assert ended is not None

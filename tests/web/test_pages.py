@@ -1,13 +1,20 @@
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 
+from mlbox.identity import Identity
+from mlbox.jobs import Job
 from mlbox.scheduler.gpus import GpuState
+from mlbox.scheduler.service import FewerGpus, Pending
+from mlbox.scheduler.timeline import Bar, Lane, Timeline
 from mlbox.serving.client import ServedVersion
+from mlbox.web import words
 from tests.nvml.standin import FakeGpu, StandIn
+from tests.web import standins
 from tests.web.harness import Box, eventually, running_box
 
 HTML = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
@@ -37,16 +44,17 @@ class Elements(HTMLParser):
 
 TAGS = {
     "a", "article", "b", "body", "button", "code", "col", "colgroup", "dd", "div", "dl", "dt", "fieldset", "footer",
-    "form", "h1", "h2", "h3", "head", "header", "html", "input", "label", "legend", "li", "link", "main", "meta",
-    "nav", "p", "path", "pre", "rect", "script", "section", "small", "span", "svg", "table", "tbody", "td", "th",
-    "thead", "time", "title", "tr", "ul",
+    "form", "h1", "h2", "h3", "head", "header", "html", "input", "label", "legend", "li", "line", "link", "main",
+    "meta", "nav", "p", "path", "pre", "rect", "script", "section", "small", "span", "svg", "table", "tbody", "td",
+    "text", "th", "thead", "time", "title", "tr", "ul",
 }  # fmt: skip
 ATTRIBUTES = {
     "action", "aria-current", "aria-hidden", "aria-label", "aria-labelledby", "aria-pressed", "autocapitalize",
     "autocomplete", "autofocus", "charset", "checked", "class", "colspan", "content", "d", "data-act", "data-ago",
-    "data-attempt", "data-ended", "data-job", "data-parts", "data-since", "data-topics", "datetime", "download",
-    "for", "height", "href", "id", "lang", "method", "name", "preserveaspectratio", "rel", "required", "role", "rx",
-    "scope", "size", "spellcheck", "src", "tabindex", "title", "type", "value", "viewbox", "width", "x", "y",
+    "data-attempt", "data-ended", "data-hour", "data-job", "data-parts", "data-since", "data-topics", "datetime",
+    "download", "dx", "for", "height", "href", "id", "lang", "method", "name", "preserveaspectratio", "rel", "required",
+    "role", "rx", "scope", "size", "spellcheck", "src", "tabindex", "title", "type", "value", "viewbox", "width", "x",
+    "x1", "x2", "y", "y1", "y2",
 }  # fmt: skip
 
 
@@ -197,6 +205,66 @@ async def test_gpus_are_cards_with_what_is_known_of_them(tmp_path: Path) -> None
             return answer.json()["state"] != GpuState.DRAINED
 
         await eventually("the GPU is back", resumed)
+
+
+async def test_the_plan_is_one_picture_of_gpus_and_time(tmp_path: Path) -> None:
+    standin = StandIn(tmp_path)
+    standin.show(FakeGpu(uuid="GPU-a"))
+    async with running_box(tmp_path, environment=standin.environment()) as box:
+        assert 'class="plan"' in await page(box, "/")
+        plan = standins.lab_plan(1_800_000_000.0)
+        hostile = Bar(name=HOSTILE, user=HOSTILE, starts_at=plan.now, ends_at=plan.ends_at, kind="foreign")
+        plan = replace(plan, lanes=(*plan.lanes, Lane(gpu_uuid="GPU-9", index=9, label="9", bars=(hostile,))))
+
+        async def planned(who: Identity) -> Timeline:
+            return plan
+
+        box.jobs.plan = planned  # type: ignore[method-assign]
+        text = await page(box, "/")
+        for shown in (
+            "5 resnet-sweep",
+            "40 jobs",
+            "maintenance",
+            "python",
+            "planned",
+            "open end",
+            'href="/jobs/10"',
+            "now",
+        ):
+            assert shown in text, shown
+        assert len(text) < SIZE_MAX
+
+
+async def test_a_waiting_job_tells_when_it_will_start_and_what_it_waits_for(box: Box) -> None:
+    await box.submit("sleep 1000", cpus=2)
+    job = await box.submit(name="next-one")
+    pending, now = box.jobs.pending, 1_800_000_000.0
+
+    def estimated(job: Job) -> Pending | None:
+        known = pending(job)
+        if known is None:
+            return None
+        return replace(known, estimated_start=now, estimated_start_p90=now + 4800)
+
+    async def fewer_gpus(job: Job) -> FewerGpus:
+        return FewerGpus(gpus=1, estimated_start=now - 600)
+
+    box.jobs.pending = estimated  # type: ignore[method-assign]
+    box.jobs.fewer_gpus = fewer_gpus  # type: ignore[method-assign]
+    hours = [words.hour(now), words.hour(now + 4800)]
+    for text in (await page(box, "/"), await page(box, f"/jobs/{job['id']}")):
+        shown = " ".join(Elements(text).text.split())
+        assert f"about {hours[0]}" in shown
+        assert f"by {hours[1]}" in shown
+    assert f"With 1 GPU instead of 0 it would start about {words.hour(now - 600)}." in text
+    shown = (await box.http.get(f"/api/jobs/{job['id']}")).json()["pending"]["fewer_gpus"]
+    assert shown == {"gpus": 1, "estimated_start": "2027-01-15T07:50:00.000Z"}
+    row = (await box.http.get("/api/queue")).json()["jobs"][0]["pending"]
+    assert row["estimated_start"] == "2027-01-15T08:00:00.000Z"
+    assert row["estimated_start_p90"] == "2027-01-15T09:20:00.000Z"
+    assert row["fewer_gpus"] is None
+    table = (await box.http.get("/api/queue", headers={"Accept": "text/plain"})).text
+    assert str(hours[0]) in table
 
 
 async def test_errors_are_pages_for_browsers_and_problems_for_programs(box: Box) -> None:

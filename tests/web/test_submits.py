@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from mlbox.web import submits
 from tests.web.harness import Box, eventually
 
 SCRIPT = "#!/bin/sh\n#MLBOX name=from-script time_limit=2h\n#SBATCH --cpus-per-task=2\necho $1 ran\n"
@@ -100,6 +101,54 @@ async def test_all_bad_fields_are_named_at_once_with_what_they_should_be(box: Bo
     assert answer.headers["content-type"] == "application/problem+json"
 
 
+async def test_lists_come_as_many_fields_or_with_commas(box: Box) -> None:
+    for data in ({"notify": ["a@b", "c@d"]}, {"notify": "a@b,c@d", "notify_on": ["begin", "end"]}):
+        await made(box, await box.http.post("/api/jobs", data={"command": "true", **data}))
+    answer = await box.http.post("/api/jobs", data={"command": "true", "notify": ["a@b", "nobody"]})
+    assert "got 'nobody'" in answer.json()["detail"]
+
+
+def together(script: str, request: dict[str, object], *, with_code: bool = False) -> dict[str, object]:
+    script = f"#!/bin/sh\n#MLBOX {script}\ntrue\n"
+    found = submits.together({"script": script, **request}, {}, with_code=with_code)
+    del found["script"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("script", "request_fields", "meant"),
+    [
+        ("gpus=2", {"gpu_mem": "1G"}, {"gpu_mem": "1G"}),
+        ("gpus=2 launch=torchrun", {"gpu_mem": "1G"}, {"gpu_mem": "1G"}),
+        ("gpus=2 launch=torchrun", {"gpus": "0"}, {"gpus": "0"}),
+        ("gpus=2 launch=torchrun", {"gpus": 1}, {"gpus": 1, "launch": "torchrun"}),
+        ("gpu_mem=1G", {"gpus": "2"}, {"gpus": "2"}),
+        ("gpu_mem=1G", {"gpus": 0}, {"gpus": 0}),
+        ("gpu_mem=1G", {"gpus": None}, {"gpus": None, "gpu_mem": "1G"}),
+        ("gpu_mem=1G", {"gpu_mem": None}, {"gpu_mem": None}),
+        ("array=0-9%2", {"matrix": {"a": [1]}}, {"matrix": {"a": [1]}}),
+        ("matrix='{}' at_once=2", {"array": "0-9"}, {"array": "0-9"}),
+        ("array=0-9%2", {"at_once": 3}, {"array": "0-9%2", "at_once": 3}),
+        ("hold=true priority=-5", {"hold": False}, {"hold": False, "priority": "-5"}),
+    ],
+)
+def test_the_request_beats_what_stands_against_it_in_the_script(
+    script: str, request_fields: dict[str, object], meant: dict[str, object]
+) -> None:
+    assert together(script, request_fields) == meant
+
+
+def test_code_that_is_sent_along_beats_the_folder_of_the_script() -> None:
+    assert together("workdir=/data", {}, with_code=True) == {}
+    assert together("workdir=/data", {}) == {"workdir": "/data"}
+
+
+async def test_fields_of_one_request_that_exclude_each_other_are_refused(box: Box) -> None:
+    answer = await box.http.post("/api/jobs", json={"command": "true", "gpus": 1, "gpu_mem": "1G"})
+    assert answer.status_code == 400
+    assert [error["field"] for error in answer.json()["errors"]] == ["gpu_mem"]
+
+
 async def test_what_can_never_be_done_here_is_another_answer(box: Box) -> None:
     assert (await box.http.post("/api/jobs", json={"command": "true", "cpus": 60_000})).status_code == 422
     assert (await box.http.post("/api/jobs", json={"command": "true", "gpus": 1000})).status_code == 422
@@ -137,7 +186,23 @@ HOSTILE_JSON = [
     b'{"command":"true","code":"x"}',
     b'{"command":"true","name":"<script>alert(1)</script>"}',
     b'{"command":"true","name":"../../etc"}',
-    b'{"command":"true","depends_on":[1]}',
+    b'{"command":"true","depends_on":[0]}',
+    b'{"command":"true","depends_on":"afterok:1?afterok:2"}',
+    b'{"command":"true","depends_on":' + DEEP[:31] + b"1" + DEEP[-31:] + b"}",
+    b'{"command":"true","array":"0-999999999999"}',
+    b'{"command":"true","array":"1-10:0"}',
+    b'{"command":"true","array":"' + b"9" * 5000 + b'"}',
+    b'{"command":"true","matrix":{"a":' + DEEP + b"}}",
+    json.dumps({"command": "true", "matrix": '{"a":' + DEEP.decode() + "}"}).encode(),
+    json.dumps({"command": "true", "matrix": "{" * 1_000_000}).encode(),
+    json.dumps({"command": "true", "matrix": '{"a":["\\ud800"]}'}).encode(),
+    json.dumps({"command": "true", "matrix": {f"v{number}": [1, 2] for number in range(64)}}).encode(),
+    b'{"command":"true","notify":["a@b\\r\\nBcc: x"]}',
+    b'{"command":"true","notify":' + b"[" + b'"a@b",' * 100_000 + b'"a@b"]}',
+    b'{"command":"true","depends_on":' + b"[" + b"1," * 1_000_000 + b"1]}",
+    b'{"command":"true","output":"%y"}',
+    b'{"command":"true","signal":"USR1@' + b"9" * 5000 + b'","time_limit":"1h"}',
+    b'{"command":"true","not_before":"' + b"9" * 5000 + b':00"}',
     json.dumps({"command": "true", **{f"field{number}": 1 for number in range(5000)}}).encode(),
 ]
 

@@ -125,6 +125,7 @@ class Daemon:
             if entry.name.isdigit() and int(entry.name) != os.getpid():
                 try:
                     text = (entry / "cmdline").read_bytes() + b"\0" + (entry / "environ").read_bytes()
+                    text += b"\0" + bytes((entry / "cwd").readlink())  # by which shims are known
                     ended = (entry / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
                 except OSError:
                     continue

@@ -67,7 +67,7 @@ def test_a_wide_job_is_not_starved_by_narrow_ones_behind_it(box: Daemon, tmp_pat
     eventually("it runs", lambda: box.job(first["id"])["state"] == "running")
     wide = box.submit(command=f"echo wide >> {order}", gpus=2)
     narrow = box.submit(command=f"echo narrow >> {order}", gpus=1)
-    assert f"first job {wide['id']}" in box.job(narrow["id"])["pending"]["why"]
+    eventually("it says whom it could delay", lambda: f"job {wide['id']}" in box.job(narrow["id"])["pending"]["why"])
     assert box.wait(box.submit(command="true")["id"])["state"] == "succeeded", "a CPU job waits for no GPU"
     gate.touch()
     assert box.wait(wide["id"])["state"] == "succeeded"

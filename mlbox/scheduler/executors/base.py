@@ -1,7 +1,8 @@
 """What the scheduler asks of an executor: start one attempt, tell how it is, stop it.
 
-An attempt lives in a folder of its own (`<state>/jobs/12/attempt-1`): `launch.json` (what to run), `lock` (held by
-the shim as long as it lives), `started.json` (user code was about to run), `exit.json` (how it ended), `log`.
+An attempt lives in a folder of its own (`<state>/jobs/12/attempt-1`): `lock` (held by the shim as long as it lives),
+`started.json` (user code was about to run), `exit.json` (how it ended), `log`, and `shim.log` where a shim had to
+complain.
 The folder is the truth; an executor keeps nothing in memory that a restart would lose.
 """
 
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Annotated, Protocol
 
 from msgspec import Meta
+
+from mlbox.jobs import WarnSignal
 
 _Bytes = Annotated[int, Meta(ge=0, le=2**62)]
 """A job can forge its records: what the database could not hold is no record."""
@@ -25,6 +28,18 @@ class Launch:
     missing and `code` is set. `env` is complete: nothing is inherited. `key` is random and unique to the attempt;
     it is in `env` as MLBOX_ATTEMPT_KEY, by which stray processes are found. `code` is an archive to unpack into
     `cwd` first. `log_head_bytes + log_tail_bytes` is the log's cap.
+
+    `output` gets a copy of what the job prints, `error` of its stderr where that goes elsewhere; both are relative to
+    `cwd`, and `append` keeps what is in them. One that cannot be opened is an `error` of the attempt's end; one that
+    takes no more is let go. `cpu_affinity` are the cores that the job should run on (a hint).
+
+    With `ranks` the program is run so many times at once, each with its RANK, LOCAL_RANK, SLURM_PROCID and
+    SLURM_LOCALID; they share the log, byte by byte as they write. All have ended, or one has failed and the others
+    were stopped: then the attempt has ended.
+
+    With `adopt`, a process (pid, start time in ticks) that runs already is watched instead, and `argv` is not run:
+    it is stopped like a job, with all its descendants, but its exit code cannot be known. Its shim may be started
+    again when it died.
     """
 
     handle: str
@@ -40,6 +55,13 @@ class Launch:
     grace_s: float = 30.0
     memory_mib: int | None = None
     cpus: int | None = None
+    cpu_affinity: tuple[int, ...] = ()
+    output: str | None = None
+    error: str | None = None
+    append: bool = False
+    warn_signal: WarnSignal | None = None
+    ranks: int | None = None
+    adopt: tuple[int, int] | None = None
 
 
 class Stopped(StrEnum):
@@ -54,7 +76,8 @@ class Started:
     """`started.json`: user code was about to run. Times are Unix seconds.
 
     `start_ticks` is when the main process `pid` began, in clock ticks since boot, so that a recycled pid is told
-    apart; `cgroup` is the folder of its cgroup, where it has one of its own.
+    apart; `cgroup` is the folder of its cgroup, where it has one of its own. With `adopted`, the shim only watches
+    `pid`, and `started_at` is since when.
     """
 
     shim_pid: int
@@ -63,6 +86,7 @@ class Started:
     started_at: float
     start_ticks: int | None = None
     cgroup: str | None = None
+    adopted: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +95,9 @@ class Exit:
 
     `error` says why user code never ran (program missing, archive refused). `max_rss_mib` is the peak of the cgroup
     where there is one, else of the largest process. `log_bytes` counts all bytes the job wrote, kept or not.
+    `rank` is the one that failed first and ended the job; `exit_code` or `signal` is its. `gpu_out_of_memory`: a
+    failed job's last output says so. With `adopted`, `exit_code` 0 says only that it ended by itself, and `signal`
+    by which it was stopped.
     """
 
     exit_code: Annotated[int, Meta(ge=0, le=255)] | None = None
@@ -78,6 +105,9 @@ class Exit:
     error: str | None = None
     stopped: Stopped | None = None
     out_of_memory: bool = False
+    gpu_out_of_memory: bool = False
+    rank: Annotated[int, Meta(ge=0, le=2**20)] | None = None
+    adopted: bool = False
     started_at: float | None = None
     ended_at: float
     cpu_seconds: float
@@ -121,7 +151,7 @@ class Executor(Protocol):
     """
 
     def start(self, launch: Launch) -> None:
-        """Write `launch.json` and start the shim. Returns at once (a few ms). Raises CouldNotStart."""
+        """Start the shim and tell it what to run. Returns at once (a few ms). Raises CouldNotStart."""
         ...
 
     def end_fd(self, folder: Path) -> int | None:

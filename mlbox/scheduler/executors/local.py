@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -20,14 +19,9 @@ import msgspec
 
 from mlbox.scheduler.executors import processes
 from mlbox.scheduler.executors.base import CouldNotStart, Exit, Launch, Liveness, Observation, Started
+from mlbox.scheduler.executors.template import Template, command, environment
 from mlbox.scheduler.folders import open_plain, read_plain
 
-_SHIM = Path(__file__).parents[1] / "shim.py"
-_RUN_SHIM = (
-    "import sys; from importlib.machinery import SourceFileLoader as Loader; "
-    "exec(Loader('__main__', sys.argv[1]).get_code('__main__'))"
-)
-"""What `python shim.py` does, with the bytecode cache that scripts do without: 5 ms faster."""
 _STARTED, _EXIT = "started.json", "exit.json"
 _KEY = "MLBOX_ATTEMPT_KEY"
 _KILL_PATIENCE_S = 0.5
@@ -38,6 +32,9 @@ _RECORD_BYTES = 1 << 16
 _HOLDER_TRIES = 10
 _HOLDER_PAUSE_S = 0.002
 
+_TEMPLATE_PAUSE_S = 60.0
+"""How long shims are started from nothing after a template failed: for ever where a container forbids clone3(2)."""
+
 _WRITE = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 
 _log = logging.getLogger(__name__)
@@ -47,10 +44,12 @@ _Record = TypeVar("_Record", Started, Exit)
 class LocalExecutor:
     """Starts and stops attempts on this box; `executors.base.Executor` is its contract. Safe to use from threads.
 
-    `cgroups=False` does without cgroup v2 even where we could use it.
+    `cgroups=False` does without cgroup v2 even where we could use it, `template=False` starts each shim from nothing.
     """
 
-    def __init__(self, *, cgroups: bool = True) -> None:
+    def __init__(self, *, cgroups: bool = True, template: bool = True) -> None:
+        self._template: Template | None = None
+        self._template_from = 0.0 if template else float("inf")
         self._cgroup_parent = processes.cgroup_for_jobs() if cgroups else None
         self._children: dict[Path, int] = {}
         self._lock = threading.Lock()
@@ -61,19 +60,13 @@ class LocalExecutor:
         try:
             with self._lock:
                 if not self._reap(launch.folder):
-                    _write_launch(launch, self._cgroup_parent)
-                    self._children[launch.folder] = _spawn_shim(launch.folder)
+                    self._children[launch.folder] = self._shim(launch.folder, _text_of(launch, self._cgroup_parent))
         except OSError as error:
             raise CouldNotStart(f"{launch.handle}: cannot start a shim in {launch.folder}: {error}") from error
 
     def end_fd(self, folder: Path) -> int | None:
-        shim = _open_holder(folder)
-        if shim is None:
-            with self._lock:
-                child = self._children.get(folder)
-                if child is not None:
-                    return os.pidfd_open(child)  # ours until we reap it, so its pid cannot be another's
-        return shim
+        shim = self._open_child(folder)
+        return _open_holder(folder) if shim is None else shim
 
     def observe(self, folder: Path) -> Observation:
         with self._lock:
@@ -86,6 +79,8 @@ class LocalExecutor:
             liveness = Liveness.ALIVE
         elif ended is not None:
             liveness = Liveness.ENDED
+        elif started is not None and started.adopted and started.boot_id == processes.boot_id():
+            liveness = Liveness.NOT_STARTED  # it needs no shim to live: another one may watch it
         elif started is not None or any(os.path.lexists(folder / name) for name in (_STARTED, _EXIT)):
             liveness = Liveness.VANISHED  # an unreadable record is one, too: no shim would run user code again
         else:
@@ -98,7 +93,9 @@ class LocalExecutor:
         )
 
     def stop(self, folder: Path, *, kill: bool = False) -> None:
-        shim = self.end_fd(folder)
+        shim = _open_holder(folder)  # first, since the child may be a second one that is about to refuse
+        if shim is None:
+            shim = self._open_child(folder)
         if shim is None:
             return
         with suppress(ProcessLookupError):
@@ -113,8 +110,11 @@ class LocalExecutor:
 
         Waits up to half a second for them to be gone. Touches nothing while a shim is alive: `stop` it.
         """
-        if self.observe(folder).liveness is Liveness.ALIVE:
+        seen = self.observe(folder)
+        if seen.liveness is Liveness.ALIVE:
             return self.processes(folder, key)
+        if seen.started is not None and seen.started.adopted:
+            return frozenset()  # it was begun outside mlbox, and only its supervision is lost
         patience_until = time.monotonic() + _KILL_PATIENCE_S
         while True:
             cgroup = _cgroup(folder, key)
@@ -126,6 +126,32 @@ class LocalExecutor:
                 return frozenset(members)
             processes.kill(table, members)
             time.sleep(_KILL_AGAIN_S)
+
+    def _open_child(self, folder: Path) -> int | None:
+        """A pidfd of the shim that we started last for this attempt, until `observe` has found that it ended."""
+        with self._lock:
+            child = self._children.get(folder)
+            return None if child is None else os.pidfd_open(child)  # ours until we reap it: its pid is no other's
+
+    def _shim(self, folder: Path, launch: str) -> int:
+        """Start a shim; returns its pid. Raises OSError. Holds the lock.
+
+        Should a template fail after it made a shim, there are two, and one of them refuses.
+        """
+        if time.monotonic() < self._template_from:
+            return _spawn_shim(folder, launch)
+        folder.stat()  # what is wrong with it is said here, not by a shim
+        try:
+            if self._template is None:
+                self._template = Template()
+            return self._template.shim(launch)
+        except OSError as error:
+            _log.warning("%s: the shim is started from nothing, since its template failed: %s", folder, error)
+            self._template_from = time.monotonic() + _TEMPLATE_PAUSE_S
+            if self._template is not None:
+                self._template.close()
+                self._template = None
+            return _spawn_shim(folder, launch)
 
     def _reap(self, folder: Path) -> bool:
         """Whether the shim that we started last for this attempt runs. One that ended is reaped. Holds the lock."""
@@ -139,9 +165,11 @@ class LocalExecutor:
         return False
 
 
-def _write_launch(launch: Launch, cgroup_parent: Path | None) -> None:
-    """Write `launch.json` whole or not at all, for its owner's eyes only: `env` may hold secrets."""
+def _text_of(launch: Launch, cgroup_parent: Path | None) -> str:
+    """What a shim is told, in JSON."""
+    warning = launch.warn_signal
     values = {
+        "folder": str(launch.folder),
         "handle": launch.handle,
         "key": launch.key,
         "argv": launch.argv,
@@ -154,25 +182,35 @@ def _write_launch(launch: Launch, cgroup_parent: Path | None) -> None:
         "grace_s": launch.grace_s,
         "memory_mib": launch.memory_mib,
         "cpus": launch.cpus,
+        "cpu_affinity": launch.cpu_affinity,
+        "output": launch.output,
+        "error": launch.error,
+        "append": launch.append,
+        "warn_signal": None if warning is None else (warning.number, warning.before_s, warning.main_only),
+        "ranks": launch.ranks,
+        "adopt": launch.adopt,
         "boot_id": processes.boot_id(),
         "cgroup_parent": None if cgroup_parent is None else str(cgroup_parent),
     }
-    draft = launch.folder / f"launch.json.{os.getpid()}-{threading.get_ident()}"
+    return json.dumps(values)
+
+
+def _spawn_shim(folder: Path, launch: str) -> int:
+    """Start a shim from nothing; returns its pid. Raises OSError.
+
+    `launch.json` is written whole or not at all, for its owner's eyes only: it may hold secrets. posix_spawn(3) does
+    not copy the daemon's page tables; the shim closes what descriptors it may inherit.
+    """
+    draft = folder / f"launch.json.{os.getpid()}-{threading.get_ident()}"
     file = os.open(draft, os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | _WRITE, 0o600)
     with os.fdopen(file, "w", encoding="ascii") as opened:
-        json.dump(values, opened)
-    draft.rename(launch.folder / "launch.json")
-
-
-def _spawn_shim(folder: Path) -> int:
-    """Start a shim; returns its pid. Raises OSError.
-
-    posix_spawn(3) does not copy the daemon's page tables; the shim closes what descriptors it may inherit.
-    """
+        opened.write(launch)
+    draft.rename(folder / "launch.json")
+    arguments = command(str(folder))
     return os.posix_spawn(
-        sys.executable,
-        [sys.executable, "-I", "-S", "-E", "-c", _RUN_SHIM, str(_SHIM), str(folder)],
-        {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
+        arguments[0],
+        arguments,
+        environment(),
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0),
             (os.POSIX_SPAWN_DUP2, 0, 1),

@@ -42,6 +42,7 @@ async function refresh() {
     if (answer.ok) {
       const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
       morphChildren(parts, fresh.body);
+      localize();
     }
   } catch {
     stale = true; // the stream notices that the daemon is away, and asks again when it is back
@@ -89,6 +90,23 @@ function ago(then) {
   return passed >= 0 ? `${text} ago` : `in ${text}`;
 }
 
+// Absolute times are written in the box's zone; whoever looks may be in another.
+function hour(then) {
+  const when = new Date(then * 1000);
+  const today = new Date();
+  const time = when.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
+  if (when.toDateString() === today.toDateString()) return time;
+  const near = Math.abs(when - today) < 6 * 86400e3;
+  return `${when.toLocaleDateString("en-GB", near ? { weekday: "short" } : { day: "2-digit", month: "short" })} ${time}`;
+}
+
+function localize() {
+  for (const element of document.querySelectorAll("[data-hour]")) {
+    const text = hour(Number(element.dataset.hour));
+    if (element.textContent !== text) element.textContent = text;
+  }
+}
+
 function tick() {
   for (const element of document.querySelectorAll("[data-since]")) {
     element.textContent = span(Date.now() / 1000 - Number(element.dataset.since));
@@ -116,5 +134,6 @@ document.addEventListener("visibilitychange", () => {
   if (!document.hidden && stale) refresh();
 });
 
+localize();
 setInterval(tick, 1000);
 if (parts) listen();
