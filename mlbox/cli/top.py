@@ -25,6 +25,8 @@ _HOME, _TO_LINE_END, _TO_END = "\x1b[H", "\x1b[K", "\x1b[J"
 _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 """The terminal's other screen, without a cursor, and back (xterm's control sequences)."""
 _BAR = 10
+_UNCUT = 10_000
+"""Columns where no screen ends: what is piped is for another program, or a file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +44,7 @@ def top(options: argparse.Namespace) -> int:
         seen = _look(options)
         return client.answer(options, {**seen.gpus, "running": seen.running, "queue": seen.waiting}, "")
     if not (sys.stdout.isatty() and sys.stdin.isatty()):
-        width = shutil.get_terminal_size((120, 24)).columns
+        width = _UNCUT
         client.write("".join(line + "\n" for line in lines(_look(options), width, colour=False)).encode())
         return 0
     seen = _look(options)  # a daemon that is not there is told on the screen that stays
