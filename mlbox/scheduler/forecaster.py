@@ -23,26 +23,28 @@ class Forecaster:
     def __init__(self, events: Events) -> None:
         self._events = events
         self._task: asyncio.Task[None] | None = None
-        self._not_before = 0.0
+        self._stale = False
 
-    def look(self, state: SchedulerState, gpus: GpuInventory) -> None:
-        """Have the forecast made anew, unless that is under way or was done a moment ago."""
+    def look(self, group: asyncio.TaskGroup, state: SchedulerState, gpus: GpuInventory) -> None:
+        """Have the forecast made anew, as a task of `group`: now, or as soon as the one that is under way was long enough ago."""
         if not len(state.backlog):
             state.forecast = Forecast()
             return
-        if self._task is not None and not self._task.done():
-            return
-        if time.monotonic() >= self._not_before:
-            self._task = asyncio.create_task(self._make(state, present(state, gpus)), name="forecast")
+        self._stale = True
+        if self._task is None or self._task.done():
+            self._task = group.create_task(self._make(state, gpus), name="forecast")
 
-    async def _make(self, state: SchedulerState, seen: Present) -> None:
-        began = time.monotonic()
-        try:
-            state.forecast = await asyncio.to_thread(forecast, seen)
-        except Exception:  # an estimate that cannot be had must not keep jobs from starting
-            log.exception("scheduler: no forecast")
-        self._not_before = time.monotonic() + _PART * (time.monotonic() - began)
-        self._events.publish(JOBS)
+    async def _make(self, state: SchedulerState, gpus: GpuInventory) -> None:
+        """Make forecasts until nothing has changed since the latest one."""
+        while self._stale:
+            self._stale = False
+            began = time.monotonic()
+            try:
+                state.forecast = await asyncio.to_thread(forecast, present(state, gpus))
+            except Exception:  # an estimate that cannot be had must not keep jobs from starting
+                log.exception("scheduler: no forecast")
+            self._events.publish(JOBS)
+            await asyncio.sleep(_PART * (time.monotonic() - began))
 
 
 def present(state: SchedulerState, gpus: GpuInventory) -> Present:

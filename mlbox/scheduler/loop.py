@@ -153,7 +153,7 @@ class Loop:
                 self._follow(group, active)
         for active in await self._act():
             self._follow(group, active)
-        self._forecaster.look(self._state, self._gpus)
+        self._forecaster.look(group, self._state, self._gpus)
 
     def _follow(self, group: asyncio.TaskGroup, active: Active) -> None:
         group.create_task(self._attempts.follow(active), name=_name(active))

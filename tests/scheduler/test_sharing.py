@@ -139,6 +139,30 @@ async def test_shares_of_a_gpu_run_side_by_side_and_the_rest_waits(gpu_box: Box,
         assert (await gpu_box.ended(job.id)).state is JobState.SUCCEEDED
 
 
+async def test_estimates_follow_the_queue_and_say_what_fewer_gpus_would_bring(gpu_box: Box) -> None:
+    for gpus, limit in ((1, 7200.0), (1, 2400.0), (2, 3600.0)):
+        running = await gpu_box.submit("sleep 1000", who=BOB, gpus=gpus, time_limit_s=limit)
+        await gpu_box.until(running.id, JobState.RUNNING)
+    wide = await gpu_box.submit(who=BOB, gpus=4, time_limit_s=60.0)
+    later = [await gpu_box.submit(who=BOB, gpus=1, time_limit_s=60.0) for _ in range(3)]
+
+    def estimated() -> bool:
+        found = [gpu_box.service.pending(job) for job in (wide, *later)]
+        return all(one is not None and one.estimated_start is not None for one in found)
+
+    await eventually("all of them have an estimate", estimated)
+    pending = gpu_box.service.pending(wide)
+    assert pending is not None
+    assert pending.estimated_start == pytest.approx(time.time() + 7200, abs=60)
+    assert (pending.estimated_start_p90 or 0) >= (pending.estimated_start or 0)
+    fewer = await gpu_box.service.fewer_gpus(wide)
+    assert fewer is not None
+    assert (fewer.gpus, fewer.estimated_start) == (3, pytest.approx(time.time() + 3600, abs=60))
+    narrow = gpu_box.service.pending(later[0])
+    assert narrow is not None
+    assert narrow.estimated_start == pytest.approx(time.time() + 2400, abs=60)
+
+
 async def test_what_depends_on_a_failure_is_cancelled_at_once_and_the_rest_runs(box: Box) -> None:
     failing = await box.submit("exit 3", hold=True)
     good = await box.submit(depends_on=(Dependency(job_id=failing.id),))
