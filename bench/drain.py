@@ -9,6 +9,7 @@ four CPUs that answers `sbatch`; see https://slurm.schedmd.com/high_throughput.h
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -76,7 +77,11 @@ def by_mlbox(folder: Path, jobs: int, waiting: int) -> Drained:
 def cpu_s(server: Server) -> float:
     """CPU seconds of the daemon, its helpers, and all of their children that have ended."""
     daemon = psutil.Process(server.process.pid)
-    return sum(sum(process.cpu_times()[:4]) for process in (daemon, *daemon.children(recursive=True)))
+    spent = 0.0
+    for process in (daemon, *daemon.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a shim that has just ended is in its parent's account
+            spent += sum(process.cpu_times()[:4])
+    return spent
 
 
 def submitted(server: Server, **fields: object) -> int:
