@@ -26,7 +26,7 @@ class Forecaster:
         self._stale = False
 
     def look(self, group: asyncio.TaskGroup, state: SchedulerState, gpus: GpuInventory) -> None:
-        """Have the forecast made anew, as a task of `group`: now, or as soon as the one that is under way was long enough ago."""
+        """Have the forecast made anew, as a task of `group`: now, or when the one under way was long enough ago."""
         if not len(state.backlog):
             state.forecast = Forecast()
             return
