@@ -9,6 +9,8 @@ import shlex
 from bisect import bisect_right, insort
 from collections import deque
 
+from mlbox.scheduler.policy import RunningJob
+
 _KEPT = 200
 """Run times kept of each kin: the newest, so that estimates follow a project as it changes."""
 _ENOUGH = 3
@@ -72,6 +74,12 @@ class History:
             found = longer[min(len(longer) - 1, int(part * len(longer)))] if longer else ran_s * (1 + _OVERSTAY)
             return found if limit_s is None else min(found, max(limit_s, ran_s))
         return limit_s
+
+    def left_s(self, job: RunningJob, now: float) -> float | None:
+        """How many seconds a running job probably still takes; None: nobody can say."""
+        ran_s = now - job.started_at
+        total = self.quantile(job.user, job.project, job.kind, 0.5, limit_s=job.time_limit_s, ran_s=ran_s)
+        return None if total is None else max(0.0, total - ran_s)
 
 
 def _kin(user: str, project: str, kind: str) -> tuple[Kin, ...]:

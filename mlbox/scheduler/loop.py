@@ -28,11 +28,11 @@ from mlbox.scheduler.folders import Folders
 from mlbox.scheduler.forecaster import Forecaster
 from mlbox.scheduler.gpu_queries import GpuFault
 from mlbox.scheduler.gpus import GpuInventory
-from mlbox.scheduler.history import History, kind_of
+from mlbox.scheduler.history import kind_of
 from mlbox.scheduler.launching import Surroundings
 from mlbox.scheduler.outcome import StopWhy
 from mlbox.scheduler.placement import Reservation, Start
-from mlbox.scheduler.policy import RunningJob, standing
+from mlbox.scheduler.policy import elements_running, standing
 from mlbox.scheduler.queue import Attempt, Launching, Lease
 from mlbox.scheduler.state import Active, Next, SchedulerState, waiting
 from mlbox.scheduler.watch import Watch, WatchRules
@@ -218,7 +218,7 @@ class Loop:
         state = self._state
         now = time.time()
         running = state.running()
-        state.backlog.admit(now, _arrays(running))
+        state.backlog.admit(now, elements_running(running))
         state.plan = decide(
             state.backlog,
             running,
@@ -227,7 +227,7 @@ class Loop:
             state.rules,
             now,
             gpu_hours=state.hours.used(running, now),
-            estimate=lambda job: _left_s(state.history, job, now),
+            estimate=lambda job: state.history.left_s(job, now),
         )
         for preemption in state.plan.preemptions:
             await self._stop(preemption, now)
@@ -330,19 +330,3 @@ def _commit_starts(
 def _with_attempts(connection: sqlite3.Connection, jobs: Sequence[Job]) -> list[tuple[Job, Attempt]]:
     pairs = ((job, queue.attempt_of(connection, job.id, job.attempt)) for job in jobs)
     return [(job, attempt) for job, attempt in pairs if attempt is not None]
-
-
-def _arrays(running: Sequence[RunningJob]) -> dict[int, int]:
-    """How many elements of each array hold resources."""
-    counts: dict[int, int] = {}
-    for job in running:
-        if job.array_id is not None:
-            counts[job.array_id] = counts.get(job.array_id, 0) + 1
-    return counts
-
-
-def _left_s(history: History, job: RunningJob, now: float) -> float | None:
-    """How long a running job probably still takes."""
-    ran_s = now - job.started_at
-    total = history.quantile(job.user, job.project, job.kind, 0.5, limit_s=job.time_limit_s, ran_s=ran_s)
-    return None if total is None else max(0.0, total - ran_s)

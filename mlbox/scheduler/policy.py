@@ -87,6 +87,15 @@ class RunningJob:
         return len(self.gpu_uuids)
 
 
+def elements_running(running: Iterable[RunningJob]) -> dict[int, int]:
+    """How many elements of each array hold resources."""
+    counts: dict[int, int] = {}
+    for job in running:
+        if job.array_id is not None:
+            counts[job.array_id] = counts.get(job.array_id, 0) + 1
+    return counts
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
     """How much the parts of a rank count. By default each step of priority beats everything after it, and age decides

@@ -166,15 +166,11 @@ class Simulation:
                 break
             running = [run.job for run in self._running.values()]
             hours = self._hours.used(running, now)
-            arrays: dict[int, int] = {}
-            for job in running:
-                if job.array_id is not None:
-                    arrays[job.array_id] = arrays.get(job.array_id, 0) + 1
-            self._backlog.admit(now, arrays)
+            self._backlog.admit(now, policy.elements_running(running))
             standing = policy.standing(self._ledger, running, self._backlog.users, self._rules, now)
             plan = decide(
                 self._backlog, running, self._view(), standing, self._rules, now,
-                gpu_hours=hours, estimate=lambda job: self._estimate(job, now),
+                gpu_hours=hours, estimate=lambda job: self.history.left_s(job, now),
             )  # fmt: skip
             for start in plan.starts:
                 self._begin(start, now)
@@ -194,11 +190,6 @@ class Simulation:
     def _somebody_is_refused(self, quotas: Quotas) -> bool:
         groups = self._backlog.gpu_line.groups.values()
         return any(quotas.refuses(group.user, group.project, 1) is not None for group in groups)
-
-    def _estimate(self, job: RunningJob, now: float) -> float | None:
-        ran_s = now - job.started_at
-        total = self.history.quantile(job.user, job.project, job.kind, 0.5, limit_s=job.time_limit_s, ran_s=ran_s)
-        return None if total is None else max(0.0, total - ran_s)
 
     def _begin(self, start: Start, now: float) -> None:
         known = self._known[start.job_id]
